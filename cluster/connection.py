@@ -1,0 +1,88 @@
+"""The only `ray.init` of the project: an embedded local Ray, or the cluster at an address.
+
+An embedded Ray belongs to this process: it gets its own temporary directory and ports, other Rays on the host are left
+alone, and it ends with the process, also when the process is killed (the daemons share its fate).
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import Config, execution
+from cluster.resources import logical_cpus, process_environment
+
+logger = logging.getLogger(__name__)
+
+
+class ClusterConfig(Config):
+    address: str | None = execution(None)
+    """Ray address (`auto`, `host:port`); empty takes `RAY_ADDRESS`, else an embedded Ray is started."""
+    num_cpus: int | None = execution(None, ge=1)
+    """CPU slots of an embedded Ray (default: 4 per core, since stages and replicas take turns); on a cluster at an
+    address, how far it may grow (default: what it has now)."""
+    object_store_mb: int = execution(512, ge=80)
+    """Shared memory of an embedded Ray, in MiB."""
+
+    def resolved_address(self) -> str | None:
+        return self.address or os.environ.get("RAY_ADDRESS") or None
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What `connect` gives: whether the Ray is ours, and how many CPUs it can hold."""
+
+    embedded: bool
+    num_cpus: float
+    logs: str | None
+    """Directory with the logs of all processes of an embedded Ray."""
+
+
+@contextlib.contextmanager
+def connect(config: ClusterConfig) -> Iterator[Connection]:
+    """Connects to Ray for the length of the block; an embedded Ray ends with it."""
+    address = config.resolved_address()
+    os.environ.update({key: os.environ.get(key, value) for key, value in process_environment().items()})
+    import ray
+
+    if ray.is_initialized():
+        # Somebody else's connection (a notebook, a test session, an outer job): use it, leave it.
+        yield Connection(False, ray.cluster_resources().get("CPU", 0), None)
+        return
+    if address is not None:
+        environment = process_environment()
+        ray.init(address, runtime_env={"env_vars": environment}, log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            yield Connection(False, max(ray.cluster_resources().get("CPU", 0), config.num_cpus or 0), None)
+        finally:
+            ray.shutdown()
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Workers import this project the way the driver does, also when it is not installed.
+    root = str(Path(__file__).parent.parent)
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    directory = tempfile.mkdtemp(prefix="raystill-")
+    num_cpus = logical_cpus(config.num_cpus)
+    done = False
+    try:
+        ray.init(
+            num_cpus=num_cpus,
+            object_store_memory=config.object_store_mb << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _temp_dir=directory,
+        )
+        yield Connection(True, num_cpus, f"{directory}/session_latest/logs")
+        done = True
+    finally:
+        ray.shutdown()
+        if done:
+            shutil.rmtree(directory, ignore_errors=True)
+        else:
+            logger.warning("Logs of all processes: %s/session_latest/logs", directory)

@@ -1,0 +1,175 @@
+"""Causal language models as raystill sees them: a body that gives hidden states, and a head that gives logits.
+
+The split is what makes exact distillation cheap: the teacher sends the output of its body, the loss applies both heads
+chunk by chunk, and [N, V] never exists. It works for every Hugging Face family whose logits are
+`soft_cap(scale * (hidden @ weight.T + bias))`; `split` proves that on the loaded model or refuses it.
+
+Axes: B rows of a grid, T positions in a row, S tokens in flat order, N scored positions, D hidden width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import ModelError
+from cluster.pretrained import check_model
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The map from hidden states to logits: `soft_cap * tanh(scale * (h @ weight_VD.T + bias_V) / soft_cap)`."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight_VD.shape[0]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] in float32 of hidden states [N, D]."""
+        raw = nn.functional.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()
+        return self.cap(raw)
+
+    def cap(self, raw_NV: Tensor) -> Tensor:
+        """Scale and soft-cap of raw products, in their dtype."""
+        if self.scale != 1.0:
+            raw_NV = raw_NV * self.scale
+        if self.soft_cap is not None:
+            raw_NV = torch.tanh(raw_NV / self.soft_cap) * self.soft_cap
+        return raw_NV
+
+
+def load_causal_lm(model: str, dtype: torch.dtype = torch.float32, gguf_file: str | None = None) -> Any:
+    """A Hugging Face causal language model in evaluation mode, from safetensors or a named GGUF file.
+
+    Raises:
+        ModelError: no config, no weights, or not a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    found = check_model(model, gguf_file)
+    extra = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(found, dtype=dtype, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {model}: cannot be loaded as a causal language model ({_first_line(error)})") from error
+    return loaded.eval()
+
+
+def split(model: Any) -> tuple[nn.Module, OutputHead]:
+    """Body and head of a causal language model, checked against the model's own logits on a few tokens.
+
+    Raises:
+        ModelError: the model does something else to its logits, so the split would be silently wrong.
+    """
+    body = model.base_model
+    head = output_head(model)
+    device = head.weight_VD.device
+    probe = torch.arange(1, 9, device=device)[None] % head.vocab_size
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=probe, use_cache=False).logits[0].float()
+        found = head.logits(hidden_states(body, probe, torch.arange(8, device=device)[None])[0])
+    model.train(was_training)
+    # The same products in the same dtype: differences come from rounding only.
+    spread = expected.abs().max().clamp_min(1e-6)
+    tolerance = 1e-4 if head.weight_VD.dtype == torch.float32 else 3e-2
+    if found.shape != expected.shape or not torch.isfinite(expected).all() or (found - expected).abs().max() > tolerance * spread:
+        raise ModelError(
+            f"model family {type(model).__name__} computes its logits in a way that raystill does not know "
+            "(neither plain, scaled nor soft-capped, or not finite): use signal=dense with another family, or report it"
+        )
+    return body, head
+
+
+def output_head(model: Any) -> OutputHead:
+    """The head of a causal language model, with the scale or soft-cap that its config names. Not checked: see `split`."""
+    embeddings = model.get_output_embeddings()
+    if embeddings is None or not isinstance(embeddings, nn.Linear):
+        raise ModelError(f"model family {type(model).__name__} has no linear output head")
+    config = model.config
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None) is not None:
+        scale = 1.0 / float(config.logits_scaling)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return OutputHead(embeddings.weight, embeddings.bias, scale, float(cap) if cap is not None else None)
+
+
+def hidden_states(body: nn.Module, token_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
+    """Final hidden states [B, T, D], after the last norm.
+
+    Positions that restart at 0 begin a new sequence: attention never crosses such a border (transformers builds the
+    block-diagonal mask from them when no mask is given).
+    """
+    return body(input_ids=token_ids_BT, position_ids=position_ids_BT, use_cache=False).last_hidden_state
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sequences packed into rows of equal width for a model without variable-length kernels."""
+
+    token_ids_BT: np.ndarray
+    position_ids_BT: np.ndarray
+    index_S: np.ndarray
+    """Where each token of the flat order lies in the flattened grid."""
+
+
+def pack(token_ids_S: np.ndarray, sequence_lengths: np.ndarray, width: int | None = None) -> Grid:
+    """Packs sequences, in order, into as few rows as next-fit gives.
+
+    Args:
+        token_ids_S: all sequences one behind the other.
+        sequence_lengths: their lengths, which add up to S.
+        width: tokens in a row; default the longest sequence, rounded up to 64 to keep the number of shapes small.
+
+    Filling tokens have id 0 and positions of their own, so that no sequence sees them.
+    """
+    longest = int(sequence_lengths.max())
+    width = max(longest, width or -(-longest // 64) * 64)
+    starts, row, column = [], 0, 0
+    for length in sequence_lengths.tolist():
+        if column + length > width:
+            row, column = row + 1, 0
+        starts.append(row * width + column)
+        column += length
+    offsets = np.repeat(np.asarray(starts) - np.cumsum(sequence_lengths) + sequence_lengths, sequence_lengths)
+    index_S = offsets + np.arange(len(token_ids_S))
+    token_ids = np.zeros((row + 1) * width, np.int64)
+    position_ids = np.zeros((row + 1) * width, np.int64)
+    token_ids[index_S] = token_ids_S
+    position_ids[index_S] = np.arange(len(token_ids_S)) - np.repeat(
+        np.cumsum(sequence_lengths) - sequence_lengths, sequence_lengths
+    )
+    return Grid(token_ids.reshape(row + 1, width), position_ids.reshape(row + 1, width), index_S)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`float32`, `bfloat16`, or for `auto` bfloat16 where the processor multiplies it natively."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor has bfloat16 products (AVX512-BF16 or AMX; Arm's bf16)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

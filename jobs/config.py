@@ -1,0 +1,247 @@
+"""One strict model per job; a run's config is these models side by side in one YAML file.
+
+Neither torch nor ray is imported here. Fields marked `execution` say where and how fast, not what: changing them does
+not make a finished stage start again.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from cluster.config import Config, execution
+from cluster.connection import ClusterConfig
+from services.endpoint.schema import EndpointConfig
+from services.teacher.schema import SignalKind
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$"), AfterValidator(lambda name: _no_dots(name))]
+Scalar = bool | int | float | str | None
+
+
+def _no_dots(name: str) -> str:
+    if ".." in name:
+        raise ValueError("must not contain '..'")
+    return name
+
+
+class TokenizerTraining(Config):
+    """A byte-level BPE tokenizer trained on the corpus."""
+
+    vocab_size: int = Field(2048, ge=300)
+
+
+class DataConfig(Config):
+    sources: list[str] = []
+    """Files, directories or prefixes (local or s3://) with .jsonl (.gz, .zst), .parquet or .txt."""
+    gather: Literal["python_docs"] | None = None
+    """Make the corpus instead: `python_docs` collects the docstrings and language topics of this machine's Python."""
+    text_column: str = "text"
+    sequence_length: int = Field(128, ge=8)
+    """Tokens in a row. Documents share rows without seeing each other; long ones continue in the next row."""
+    validation_fraction: float = Field(0.02, gt=0, lt=1)
+    """Share of documents held out, chosen by a hash of their text."""
+    train_tokenizer: TokenizerTraining | None = None
+    """Train a tokenizer on the corpus; else the student's, else the teacher's is used."""
+    rows_per_shard: int = Field(4096, ge=1)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if bool(self.sources) == bool(self.gather):
+            raise ValueError(f"set either sources or gather; found sources={self.sources}, gather={self.gather}")
+        return self
+
+
+class TrainConfig(Config):
+    steps: int = Field(ge=1)
+    """Optimiser steps."""
+    global_batch: int = Field(32, ge=1)
+    """Rows in an optimiser step, over all workers and micro-batches."""
+    micro_batch: int = execution(32, ge=1)
+    """Rows in one forward and backward pass of one worker."""
+    num_workers: int = execution(1, ge=1)
+    threads_per_worker: int | None = execution(None, ge=1)
+    """Default: the cores shared by workers and teacher replicas on this machine."""
+    use_gpu: bool = execution(False)
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak rate, reached after the warm-up; then a cosine down to `final_rate` times it."""
+    final_rate: float = Field(0.1, ge=0, le=1)
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = Field(1.0, gt=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`bfloat16` is autocast with float32 weights; `auto` takes it on a GPU, and on processors that multiply it."""
+    gradient_checkpointing: bool = execution(False)
+    seed: int = 0
+    validate_every: int = execution(100, ge=1)
+    validation_rows: int = execution(128, ge=1)
+    checkpoint_every: int = execution(100, ge=1)
+    keep_checkpoints: int = execution(2, ge=1)
+    max_failures: int = execution(3, ge=0)
+    """Restarts of the worker group before the run gives up."""
+
+    @model_validator(mode="after")
+    def _batch_covers_workers(self) -> Self:
+        if self.num_workers > self.global_batch:
+            raise ValueError(
+                f"num_workers={self.num_workers} is more than global_batch={self.global_batch}: "
+                "some workers would never have a row; lower num_workers or raise global_batch"
+            )
+        return self
+
+
+class TeacherConfig(Config):
+    model: str | None = None
+    """Directory, s3:// URI, package://NAME, models:/NAME@ALIAS or hub id."""
+    gguf_file: str | None = None
+    """Name of a GGUF file inside `model`; it is converted to safetensors once."""
+    shape: dict[str, Scalar] | None = None
+    """Instead of `model`: train a teacher of this shape on the corpus first (Hugging Face config keys with model_type)."""
+    train: TrainConfig | None = None
+    """How to train the teacher of `shape`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    replicas: int = execution(1, ge=1)
+    max_replicas: int | None = execution(None, ge=1)
+    """Autoscale up to this many replicas on waiting requests; default: no more than `replicas`."""
+    threads_per_replica: int | None = execution(None, ge=1)
+    num_gpus: float = execution(0, ge=0)
+    max_batch_tokens: int = execution(16384, ge=1)
+    """Waiting requests are merged up to this many tokens."""
+    attempt_timeout_s: float = execution(60, gt=0)
+    """A request that takes longer is sent to another replica."""
+    deadline_s: float = execution(600, gt=0)
+    """After this long without an answer training stops with an error."""
+    window_mb: float = execution(64, gt=0)
+    """Answers in flight or waiting, per worker, in MiB."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.model is None) == (self.shape is None):
+            raise ValueError(f"set either model or shape; found model={self.model}, shape={self.shape}")
+        if (self.shape is None) != (self.train is None):
+            raise ValueError("shape and train go together: a teacher made from a shape must be trained")
+        if self.deadline_s < self.attempt_timeout_s:
+            raise ValueError(
+                f"deadline_s={self.deadline_s} is shorter than attempt_timeout_s={self.attempt_timeout_s}; raise it"
+            )
+        return self
+
+
+class KeptLayers(Config):
+    layers: list[int] = Field(min_length=1)
+    """Indices of the teacher's layers that the student keeps, in order, with their weights."""
+
+
+class StudentConfig(Config):
+    model: str | None = None
+    """Start from this model (same forms as teacher.model)."""
+    shape: dict[str, Scalar] | None = None
+    """Fresh weights: the teacher's config with these keys changed (without a teacher, with model_type)."""
+    from_teacher: KeptLayers | None = None
+    tokenizer: str | None = None
+    """Directory or hub id; default: the trained one, else the teacher's."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        given = [name for name in ("model", "shape", "from_teacher") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"set exactly one of model, shape, from_teacher; found {', '.join(given) or 'none'}")
+        return self
+
+
+class DistillConfig(Config):
+    """`alpha * CE + (1 - alpha) * T^2 * D(teacher, student)`, mean over the positions of the global batch."""
+
+    alpha: float = Field(0.1, ge=0, le=1)
+    """Weight of the cross-entropy with the text; at 1 no teacher is asked."""
+    temperature: float = Field(1.0, gt=0)
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture of the Jensen-Shannon divergence."""
+    signal: SignalKind = "hidden"
+    """What the teacher sends: `hidden` states (exact), `topk` with tail mass, `dense` log-probabilities."""
+    top_k: int = Field(64, ge=1)
+
+
+class EvaluateConfig(Config):
+    max_rows: int = Field(1024, ge=1)
+    """Held-out rows scored."""
+    batch_rows: int = execution(16, ge=1)
+
+
+QuantizationScheme = Literal["int8_weight_only", "onnx_int8"]
+
+
+class QuantizeConfig(Config):
+    schemes: list[QuantizationScheme] = Field(["int8_weight_only", "onnx_int8"], min_length=1)
+
+
+class RegisterConfig(Config):
+    model_name: Name | None = None
+    """Registered model; default: the run's name with `-student`."""
+
+
+class PromoteConfig(Config):
+    scheme: QuantizationScheme = "int8_weight_only"
+    """Which quantised student becomes champion."""
+    max_quality_loss: float = Field(0.02, ge=0)
+    """Largest relative increase of held-out bits per byte over the float student."""
+
+
+class RunConfig(Config):
+    """A whole run: from text and a teacher to a quantised student that answers."""
+
+    name: Name
+    storage: str = ""
+    """Root URI of everything that the run writes: file:///dir, s3://bucket/prefix or a path; default runs/<name>."""
+    cluster: ClusterConfig = ClusterConfig()
+    data: DataConfig
+    teacher: TeacherConfig | None = None
+    student: StudentConfig
+    distill: DistillConfig = DistillConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    registry: RegisterConfig = Field(RegisterConfig(), alias="register")
+    promote: PromoteConfig = PromoteConfig()
+    serve: EndpointConfig = EndpointConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_storage(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and not raw.get("storage") and raw.get("name"):
+            raw = {**raw, "storage": f"runs/{raw['name']}"}
+        return raw
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.teacher is None and self.distill.alpha < 1:
+            raise ValueError(f"distill.alpha={self.distill.alpha} needs a teacher: set teacher.model, or alpha=1")
+        if self.teacher is None and self.student.from_teacher is not None:
+            raise ValueError("student.from_teacher needs a teacher: set teacher.model")
+        if self.teacher is None and self.student.shape is not None and "model_type" not in self.student.shape:
+            raise ValueError("student.shape needs model_type when there is no teacher to take it from")
+        if self.promote.scheme not in self.quantize.schemes:
+            raise ValueError(
+                f"promote.scheme={self.promote.scheme} is not among quantize.schemes={self.quantize.schemes}: add it"
+            )
+        if self.teacher is not None and self.teacher.shape is not None and "model_type" not in self.teacher.shape:
+            raise ValueError("teacher.shape needs model_type, for example model_type: llama")
+        return self
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher is asked while the student trains."""
+        return self.teacher is not None and self.distill.alpha < 1
+
+    @property
+    def model_name(self) -> str:
+        return self.registry.model_name or f"{self.name}-student"[:63]
+
+    @property
+    def state_directory(self) -> Path:
+        """Local directory for databases: the storage root if it is local, else runs/<name>."""
+        from cluster.storage import LocalStorage, open_storage
+
+        storage = open_storage(self.storage) if "://" not in self.storage or self.storage.startswith("file:") else None
+        return storage.root if isinstance(storage, LocalStorage) else Path("runs", self.name).absolute()

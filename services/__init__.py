@@ -1,0 +1,1 @@
+"""Nouns that stay up: the teacher service and the endpoint. Imports `cluster` only."""

@@ -1,0 +1,180 @@
+"""What is asked of a teacher and what it answers: plain records of numpy arrays, with their meaning fixed here.
+
+Row n of a signal belongs to `positions[n]` of the request, and is the distribution of the token that FOLLOWS that
+position, given the tokens of its sequence up to and including it. This holds for every kind and every backend.
+
+Axes: S tokens of a request, N scored positions, D hidden width, C vocabulary columns asked for, K kept entries,
+M temperatures. Everything is restricted to the first C columns and normalised over them: a column that only one model
+has is probability zero, not logit zero. Numpy has no bfloat16: such values travel as their uint16 bit patterns.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+SignalKind = Literal["hidden", "topk", "dense"]
+
+
+@dataclass(frozen=True)
+class SignalSpec:
+    """Which signal is wanted.
+
+    Args:
+        kind: `hidden`, `topk` or `dense`.
+        vocab_size: C, the columns that both models have.
+        top_k: K for `topk`.
+        temperatures: for `topk`, the temperatures at which the tail mass is needed.
+    """
+
+    kind: SignalKind
+    vocab_size: int
+    top_k: int = 64
+    temperatures: tuple[float, ...] = (1.0,)
+
+    def bytes_per_position(self, hidden_size: int) -> int:
+        """Size of one row on the wire; used to bound what is in flight."""
+        if self.kind == "hidden":
+            return 2 * hidden_size
+        if self.kind == "topk":
+            return 6 * min(self.top_k, self.vocab_size) + 4 * len(self.temperatures)
+        return 2 * self.vocab_size
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Token ids of one or more sequences, and the positions to score.
+
+    Args:
+        request_id: comes back in the reply.
+        token_ids: int32 [S], the sequences one behind the other. They never see each other.
+        sequence_lengths: int32, adding up to S.
+        positions: int32 [N], indices into `token_ids`.
+        spec: the signal wanted.
+    """
+
+    request_id: str
+    token_ids: np.ndarray
+    sequence_lengths: np.ndarray
+    positions: np.ndarray
+    spec: SignalSpec
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """Final hidden states; with the teacher's head they give every divergence at every temperature exactly."""
+
+    hidden_ND: np.ndarray
+    """uint16 [N, D]: bfloat16 bit patterns."""
+
+    def __len__(self) -> int:
+        return len(self.hidden_ND)
+
+    def rows(self, start: int, stop: int) -> "HiddenSignal":
+        return HiddenSignal(self.hidden_ND[start:stop])
+
+    def is_finite(self) -> bool:
+        return not bool(((self.hidden_ND & 0x7F80) == 0x7F80).any())  # exponent all ones: infinity or NaN
+
+
+@dataclass(frozen=True)
+class TopkSignal:
+    """The K most likely tokens, and how much probability lies outside them."""
+
+    ids_NK: np.ndarray
+    """int32 [N, K], most likely first."""
+    logprobs_NK: np.ndarray
+    """float16 [N, K]: natural-log probabilities at temperature 1."""
+    tail_logmass_NM: np.ndarray
+    """float32 [N, M]: log of the probability outside the K at each temperature; -inf where K = C. The kept entries at
+    temperature T are `softmax(logprobs / T) * (1 - exp(tail_logmass_T))`, so nothing is lost to cancellation."""
+    temperatures: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids_NK)
+
+    def rows(self, start: int, stop: int) -> "TopkSignal":
+        return TopkSignal(
+            self.ids_NK[start:stop], self.logprobs_NK[start:stop], self.tail_logmass_NM[start:stop], self.temperatures
+        )
+
+    def is_finite(self) -> bool:
+        return not bool(np.isnan(self.logprobs_NK).any() or np.isnan(self.tail_logmass_NM).any())
+
+
+@dataclass(frozen=True)
+class DenseSignal:
+    """Log-probabilities of all C columns; for classifiers and tiny vocabularies."""
+
+    logprobs_NC: np.ndarray
+    """float16 [N, C] at temperature 1. At T they are `log_softmax(logprobs / T)`."""
+
+    def __len__(self) -> int:
+        return len(self.logprobs_NC)
+
+    def rows(self, start: int, stop: int) -> "DenseSignal":
+        return DenseSignal(self.logprobs_NC[start:stop])
+
+    def is_finite(self) -> bool:
+        return not bool(np.isnan(self.logprobs_NC).any())
+
+
+Signal = HiddenSignal | TopkSignal | DenseSignal
+
+
+@dataclass(frozen=True)
+class ScoreReply:
+    """A signal with what the client checks before it believes it."""
+
+    request_id: str
+    teacher_fingerprint: str
+    num_tokens: int
+    signal: Signal
+
+
+@dataclass(frozen=True)
+class TeacherDescription:
+    """What a teacher is; compared with the student before the first step."""
+
+    fingerprint: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    hidden_size: int
+    max_sequence_tokens: int
+    max_request_tokens: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class HeadRecord:
+    """The teacher's output head, fetched once per worker for `hidden` signals.
+
+    `soft_cap * tanh(scale * (h @ weight.T + bias) / soft_cap)`; without the cap when it is None.
+    """
+
+    fingerprint: str
+    weight_VD: np.ndarray
+    """uint16 bit patterns of bfloat16, or float32, as the teacher computes."""
+    bias_V: np.ndarray | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+
+def check_reply(request: ScoreRequest, reply: ScoreReply, fingerprint: str | None) -> str | None:
+    """Why a reply cannot be used for a request, or None if it can."""
+    if reply.request_id != request.request_id:
+        return f"answers request {reply.request_id}, not {request.request_id}"
+    if fingerprint is not None and reply.teacher_fingerprint != fingerprint:
+        return f"comes from teacher {reply.teacher_fingerprint}, expected {fingerprint}"
+    if reply.num_tokens != request.num_tokens or len(reply.signal) != len(request.positions):
+        return (
+            f"has {len(reply.signal)} rows for {reply.num_tokens} tokens, "
+            f"expected {len(request.positions)} rows for {request.num_tokens} tokens"
+        )
+    if not reply.signal.is_finite():
+        return "holds values that are not finite"
+    return None
