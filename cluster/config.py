@@ -122,7 +122,9 @@ def _explain(model: type[BaseModel], raw: dict[str, Any], item: Any) -> str:
     if item["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"
+        hint = (
+            f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"
+        )
         return f"unknown key {where}: {hint}"
     if item["type"] == "missing":
         return f"{where} is missing; set it"

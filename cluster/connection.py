@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ def connect(config: ClusterConfig) -> Iterator[Connection]:
     """Connects to Ray for the length of the block; an embedded Ray ends with it."""
     address = config.resolved_address()
     os.environ.update({key: os.environ.get(key, value) for key, value in process_environment().items()})
+    if address is None and "ray" not in sys.modules:
+        # Read once, when ray is imported. A local Ray asks for a token by default; said here so that it stays so.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():
@@ -61,7 +65,6 @@ def connect(config: ClusterConfig) -> Iterator[Connection]:
         finally:
             ray.shutdown()
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     # Workers import this project the way the driver does, also when it is not installed.
     root = str(Path(__file__).parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]

@@ -59,7 +59,9 @@ def load_causal_lm(model: str, dtype: torch.dtype = torch.float32, gguf_file: st
     try:
         loaded = AutoModelForCausalLM.from_pretrained(found, dtype=dtype, **extra)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {model}: cannot be loaded as a causal language model ({_first_line(error)})") from error
+        raise ModelError(
+            f"model {model}: cannot be loaded as a causal language model ({_first_line(error)})"
+        ) from error
     return loaded.eval()
 
 
@@ -82,7 +84,11 @@ def split(model: Any) -> tuple[nn.Module, OutputHead]:
     # The same products in the same dtype: differences come from rounding only.
     spread = expected.abs().max().clamp_min(1e-6)
     tolerance = 1e-4 if head.weight_VD.dtype == torch.float32 else 3e-2
-    if found.shape != expected.shape or not torch.isfinite(expected).all() or (found - expected).abs().max() > tolerance * spread:
+    if (
+        found.shape != expected.shape
+        or not torch.isfinite(expected).all()
+        or (found - expected).abs().max() > tolerance * spread
+    ):
         raise ModelError(
             f"model family {type(model).__name__} computes its logits in a way that raystill does not know "
             "(neither plain, scaled nor soft-capped, or not finite): use signal=dense with another family, or report it"
@@ -91,7 +97,7 @@ def split(model: Any) -> tuple[nn.Module, OutputHead]:
 
 
 def output_head(model: Any) -> OutputHead:
-    """The head of a causal language model, with the scale or soft-cap that its config names. Not checked: see `split`."""
+    """The head of a causal language model with the scale or soft-cap that its config names, unchecked: see `split`."""
     embeddings = model.get_output_embeddings()
     if embeddings is None or not isinstance(embeddings, nn.Linear):
         raise ModelError(f"model family {type(model).__name__} has no linear output head")

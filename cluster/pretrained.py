@@ -28,7 +28,9 @@ def locate(model: str) -> str:
         name = model.removeprefix("package://")
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
-            raise ModelError(f"model {model}: Python package {name} is not installed; pip install {name.replace('_', '-')}")
+            raise ModelError(
+                f"model {model}: Python package {name} is not installed; pip install {name.replace('_', '-')}"
+            )
         return str(spec.submodule_search_locations[0])
     if model.startswith("models:/"):
         from cluster.tracking import version_uri
@@ -71,7 +73,9 @@ def check_model(model: str, gguf_file: str | None = None) -> str:
         )
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        missing = sorted({name for name in json.loads(index.read_text())["weight_map"].values() if not (directory / name).is_file()})
+        missing = sorted(
+            {name for name in json.loads(index.read_text())["weight_map"].values() if not (directory / name).is_file()}
+        )
         if missing:
             raise ModelError(f"model {model}: weight files named in the index are missing: {', '.join(missing)}")
     return found
@@ -101,7 +105,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def check_same_vocabulary(teacher: Any, student: Any, teacher_name: str, student_name: str) -> None:
     """Raises `TokenizerMismatch` naming the first id that means different tokens."""
-    of_teacher, of_student = ({index: token for token, index in item.get_vocab().items()} for item in (teacher, student))
+    of_teacher, of_student = (
+        {index: token for token, index in item.get_vocab().items()} for item in (teacher, student)
+    )
     if of_teacher == of_student:
         return
     first = min(

@@ -237,7 +237,9 @@ class S3Storage(Storage):
             code = str(error.response.get("Error", {}).get("Code", ""))
             if code in ("NoSuchKey", "404"):
                 raise FileNotFoundError(f"{self.uri}/{key}") from error
-            raise StorageError(f"storage {self.uri}: {code or error} for {key!r}; check bucket, keys, rights") from error
+            raise StorageError(
+                f"storage {self.uri}: {code or error} for {key!r}; check bucket, keys, rights"
+            ) from error
         except (BotoCoreError, Boto3Error) as error:
             raise StorageError(
                 f"storage {self.uri}: {error}; check AWS_ENDPOINT_URL and the AWS credentials in the environment"

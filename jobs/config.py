@@ -31,7 +31,7 @@ class TokenizerTraining(Config):
 
 
 class DataConfig(Config):
-    sources: list[str] = []
+    sources: list[str] = Field(default_factory=list)
     """Files, directories or prefixes (local or s3://) with .jsonl (.gz, .zst), .parquet or .txt."""
     gather: Literal["python_docs"] | None = None
     """Make the corpus instead: `python_docs` collects the docstrings and language topics of this machine's Python."""
@@ -96,7 +96,7 @@ class TeacherConfig(Config):
     gguf_file: str | None = None
     """Name of a GGUF file inside `model`; it is converted to safetensors once."""
     shape: dict[str, Scalar] | None = None
-    """Instead of `model`: train a teacher of this shape on the corpus first (Hugging Face config keys with model_type)."""
+    """Instead of `model`: train a teacher of this shape on the corpus first (Hugging Face config keys, model_type)."""
     train: TrainConfig | None = None
     """How to train the teacher of `shape`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -188,6 +188,11 @@ class PromoteConfig(Config):
     """Largest relative increase of held-out bits per byte over the float student."""
 
 
+class ServeConfig(EndpointConfig):
+    question: str = "Return a list of"
+    """What `run` asks the endpoint at the end."""
+
+
 class RunConfig(Config):
     """A whole run: from text and a teacher to a quantised student that answers."""
 
@@ -204,7 +209,7 @@ class RunConfig(Config):
     quantize: QuantizeConfig = QuantizeConfig()
     registry: RegisterConfig = Field(RegisterConfig(), alias="register")
     promote: PromoteConfig = PromoteConfig()
-    serve: EndpointConfig = EndpointConfig()
+    serve: ServeConfig = ServeConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -219,8 +224,38 @@ class RunConfig(Config):
             raise ValueError(f"distill.alpha={self.distill.alpha} needs a teacher: set teacher.model, or alpha=1")
         if self.teacher is None and self.student.from_teacher is not None:
             raise ValueError("student.from_teacher needs a teacher: set teacher.model")
+        if (
+            self.teacher is not None
+            and self.teacher.shape is not None
+            and self.data.train_tokenizer is None
+            and not self.student.tokenizer
+        ):
+            raise ValueError(
+                "a teacher trained from a shape needs a tokenizer: set data.train_tokenizer or student.tokenizer"
+            )
+        if (
+            self.teacher is None
+            and self.student.shape is not None
+            and self.data.train_tokenizer is None
+            and not self.student.tokenizer
+        ):
+            raise ValueError(
+                "student.shape without a teacher needs a tokenizer: set data.train_tokenizer or student.tokenizer"
+            )
         if self.teacher is None and self.student.shape is not None and "model_type" not in self.student.shape:
             raise ValueError("student.shape needs model_type when there is no teacher to take it from")
+        if self.teacher is not None and self.teacher.model is not None and self.data.train_tokenizer is not None:
+            raise ValueError(
+                f"data.train_tokenizer makes a new vocabulary, teacher.model={self.teacher.model} has its own: drop one"
+            )
+        if self.distils and self.teacher is not None:
+            tokens = self.train.micro_batch * self.data.sequence_length
+            if tokens > self.teacher.max_batch_tokens:
+                raise ValueError(
+                    f"a request of train.micro_batch={self.train.micro_batch} rows of data.sequence_length="
+                    f"{self.data.sequence_length} is {tokens} tokens, teacher.max_batch_tokens is "
+                    f"{self.teacher.max_batch_tokens}: lower train.micro_batch"
+                )
         if self.promote.scheme not in self.quantize.schemes:
             raise ValueError(
                 f"promote.scheme={self.promote.scheme} is not among quantize.schemes={self.quantize.schemes}: add it"

@@ -8,12 +8,31 @@ M temperatures. Everything is restricted to the first C columns and normalised o
 has is probability zero, not logit zero. Numpy has no bfloat16: such values travel as their uint16 bit patterns.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from cluster.config import Config, execution
+
 SignalKind = Literal["hidden", "topk", "dense"]
+
+
+class TeacherServiceConfig(Config):
+    """Arguments of `services.teacher.deployment:app`: which model, how many replicas, how much of a machine."""
+
+    model: str
+    """Directory, s3:// URI, package://NAME, models:/NAME@ALIAS or hub id; it holds safetensors."""
+    tokenizer: str | None = None
+    """Where the tokenizer lies, if not beside the weights."""
+    dtype: str = "auto"
+    replicas: int = execution(1, ge=1)
+    max_replicas: int | None = execution(None, ge=1)
+    """Autoscale on waiting requests up to this many; default: no more than `replicas`."""
+    threads_per_replica: int = execution(1, ge=1)
+    num_gpus: float = execution(0, ge=0)
+    max_batch_tokens: int = execution(16384, ge=1)
+    """Waiting requests are merged up to this many tokens; a single request may not be larger."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +181,16 @@ class HeadRecord:
     bias_V: np.ndarray | None = None
     scale: float = 1.0
     soft_cap: float | None = None
+
+
+Record = TypeVar("Record", HiddenSignal, TopkSignal, DenseSignal, HeadRecord)
+
+
+def copied(record: Record) -> Record:
+    """The same record with arrays of its own. Arrays from the object store are read-only and pin its memory."""
+    values: dict[str, Any] = {item.name: getattr(record, item.name) for item in fields(record)}
+    arrays = {name: value.copy() for name, value in values.items() if isinstance(value, np.ndarray)}
+    return type(record)(**{**values, **arrays})
 
 
 def check_reply(request: ScoreRequest, reply: ScoreReply, fingerprint: str | None) -> str | None:

@@ -1,0 +1,208 @@
+"""MLflow: runs, metrics, and the model registry.
+
+Metrics are written by one thread from a bounded queue, so tracking never delays training and never stops it: failures
+become one warning, and what does not fit the queue is counted. The registry calls are direct and do raise, since a
+registration that did not happen must not look like one. Default store: SQLite below the run's local state directory.
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+_QUEUE = 10_000
+_BATCH = 500
+
+
+def tracking_uri(state_directory: Path) -> str:
+    """`MLFLOW_TRACKING_URI`, else an SQLite file below the state directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{state_directory}/mlflow.db"
+
+
+def _client(uri: str) -> Any:
+    # With its defaults the client hangs for minutes on a server that is down.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+class Tracker:
+    """One MLflow run. Calls only enqueue; nothing here raises.
+
+    Args:
+        uri: tracking URI.
+        experiment: created if missing, with `artifact_location`.
+        run_id: continue this run; empty starts a new one.
+    """
+
+    def __init__(
+        self, uri: str, experiment: str, run_name: str, artifact_location: str, run_id: str | None = None
+    ) -> None:
+        self._uri, self._experiment, self._run_name = uri, experiment, run_name
+        self._artifact_location = artifact_location
+        self.run_id = run_id
+        self.dropped = 0
+        self._warned = False
+        self._queue: queue.Queue[tuple[str, Any, int] | None] = queue.Queue(_QUEUE)
+        self._thread = threading.Thread(target=self._write, name="tracking", daemon=True)
+        self._thread.start()
+
+    def params(self, values: dict[str, Any]) -> None:
+        self._put("params", values, 0)
+
+    def tags(self, values: dict[str, str]) -> None:
+        self._put("tags", values, 0)
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        self._put("metrics", values, step)
+
+    def text(self, content: str, name: str) -> None:
+        """Stores a text as an artifact of the run."""
+        self._put("text", (content, name), 0)
+
+    def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
+        """Writes what is queued, as far as the time allows, and ends the run with a status."""
+        self._put("end", status, 0)
+        self._put_end()
+        self._thread.join(timeout_s)
+        if self.dropped or self._thread.is_alive():
+            logger.warning("tracking at %s: %d records were not written", self._uri, self.dropped + self._queue.qsize())
+
+    def wait_started(self, timeout_s: float = 60.0) -> str | None:
+        """The run's id once the run exists, or None if tracking does not come up in time."""
+        end = time.monotonic() + timeout_s
+        while self.run_id is None and self._thread.is_alive() and time.monotonic() < end:
+            time.sleep(0.05)
+        return self.run_id
+
+    def _put(self, kind: str, value: Any, step: int) -> None:
+        try:
+            self._queue.put_nowait((kind, value, step))
+        except queue.Full:
+            self.dropped += 1
+
+    def _put_end(self) -> None:
+        try:
+            self._queue.put(None, timeout=1.0)
+        except queue.Full:
+            self.dropped += 1
+
+    def _write(self) -> None:
+        try:
+            client = _client(self._uri)
+            if self.run_id is None:
+                experiment = client.get_experiment_by_name(self._experiment)
+                experiment_id = (
+                    experiment.experiment_id
+                    if experiment is not None
+                    else client.create_experiment(self._experiment, artifact_location=self._artifact_location)
+                )
+                self.run_id = client.create_run(experiment_id, run_name=self._run_name).info.run_id
+            else:
+                client.update_run(self.run_id, status="RUNNING")
+        except Exception as error:  # tracking must never stop a run
+            logger.warning("tracking at %s is off for this run: %s", self._uri, _first_line(error))
+            return
+        while (item := self._queue.get()) is not None:
+            batch = [item]
+            while len(batch) < _BATCH:
+                try:
+                    following = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if following is None:
+                    self._send(client, batch)
+                    return
+                batch.append(following)
+            self._send(client, batch)
+
+    def _send(self, client: Any, batch: list[tuple[str, Any, int]]) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(k, float(v), now, step) for kind, vs, step in batch if kind == "metrics" for k, v in vs.items()
+        ]
+        params = [Param(k, str(v)[:500]) for kind, vs, _ in batch if kind == "params" for k, v in vs.items()]
+        tags = [RunTag(k, str(v)) for kind, vs, _ in batch if kind == "tags" for k, v in vs.items()]
+        try:
+            for start in range(0, max(len(metrics), 1), 1000):
+                client.log_batch(
+                    self.run_id, metrics=metrics[start : start + 1000], params=params[:100], tags=tags[:100]
+                )
+                params, tags = params[100:], tags[100:]
+            for kind, value, _ in batch:
+                if kind == "text":
+                    client.log_text(self.run_id, *value)
+                elif kind == "end":
+                    client.set_terminated(self.run_id, status=value)
+        except Exception as error:  # as above
+            self.dropped += len(batch)
+            if not self._warned:
+                self._warned = True
+                logger.warning("tracking at %s: a batch of records was not written: %s", self._uri, _first_line(error))
+
+
+def register_version(
+    uri: str, model_name: str, source: str, manifest_sha256: str, run_id: str | None, tags: dict[str, str]
+) -> str:
+    """Registers a published directory as a version; returns its number. The same directory gives the same version."""
+    client = _client(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(model_name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    for version in client.search_model_versions(f"name='{model_name}'"):
+        if version.tags.get("manifest_sha256") == manifest_sha256 and version.source == source:
+            return str(version.version)
+    created = client.create_model_version(
+        model_name, source, run_id=run_id, tags={**tags, "manifest_sha256": manifest_sha256}
+    )
+    return str(created.version)
+
+
+def set_alias(uri: str, model_name: str, alias: str, version: str) -> None:
+    """Points an alias at a version. Last writer wins: this is a copy for people, `cluster.champions` decides."""
+    _client(uri).set_registered_model_alias(model_name, alias, version)
+
+
+def version_uri(model: str, uri: str | None = None) -> str:
+    """Where the files of `models:/NAME@ALIAS` or `models:/NAME/VERSION` lie.
+
+    Raises:
+        ModelError: there is no such version, or the registry does not answer.
+    """
+    tracking = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not tracking:
+        raise ModelError(f"model {model}: set MLFLOW_TRACKING_URI to the registry that holds it")
+    rest = model.removeprefix("models:/")
+    client = _client(tracking)
+    try:
+        if "@" in rest:
+            name, _, alias = rest.partition("@")
+            return str(client.get_model_version_by_alias(name, alias).source)
+        name, _, version = rest.partition("/")
+        return str(client.get_model_version(name, version).source)
+    except Exception as error:
+        raise ModelError(f"model {model}: not found in the registry at {tracking} ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,181 @@
+"""The command line: `raystill run CONFIG [key=value ...]`, one command per stage, and `status`.
+
+Imports nothing heavy before a command runs, so `--help` answers at once. Progress goes to standard error, results to
+standard output. Exit code 0: everything asked for is done; 2: a mistake in the config, the arguments or the inputs;
+1: anything else.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="raystill",
+    help="Turns a large model into a small one on a Ray cluster and keeps the small one in service.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; shipped ones are in jobs/configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as train.steps=20.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """All stages, from text to a student that answers. What is done already is skipped."""
+    _stages(config, overrides, as_json, None)
+
+
+@app.command()
+def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Gather or read the corpus, train or take the tokenizer, write the example store."""
+    _stages(config, overrides, as_json, ("prepare",))
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Make the teacher ready (train or convert it if asked), then train the student against it."""
+    _stages(config, overrides, as_json, ("teacher", "train"))
+
+
+@app.command()
+def evaluate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Measure teacher and student on held-out text: bits per byte, size, speed."""
+    _stages(config, overrides, as_json, ("evaluate",))
+
+
+@app.command()
+def quantize(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Quantise the student, reload each artefact in a fresh process, compare and measure it."""
+    _stages(config, overrides, as_json, ("quantize",))
+
+
+@app.command()
+def register(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Register the quantised students in MLflow, with a manifest of hashes and figures."""
+    _stages(config, overrides, as_json, ("register",))
+
+
+@app.command()
+def promote(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Make a registered student champion, if it passes the gate."""
+    _stages(config, overrides, as_json, ("promote",))
+
+
+@app.command()
+def serve(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Keep the OpenAI-style endpoint up with the champion, until Ctrl-C. Follows new champions by itself."""
+
+    def work() -> None:
+        from cluster.connection import connect
+        from jobs.serve import check_champion, serve_until_interrupted
+        from services.endpoint.client import check_port_free
+
+        loaded = _load(config, overrides)
+        check_champion(loaded)
+        check_port_free(loaded.serve.host, loaded.serve.port)
+        with connect(loaded.cluster):
+            serve_until_interrupted(loaded, typer.echo)
+
+    _guard(work, False)
+
+
+@app.command()
+def status(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Run name (in runs/), config file, or storage root URI.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show the stages of a run and what came out of it."""
+
+    def work() -> None:
+        from cluster.errors import ConfigError
+        from jobs.run import status as read_status
+
+        if name.endswith((".yaml", ".yml")):
+            root = _load(Path(name), None).storage
+        else:
+            root = name if "/" in name else f"runs/{name}"
+        summary = read_status(root)
+        if summary is None:
+            raise ConfigError(f"status {name}: no run in {root}; give a run's name, config or storage root")
+        _print(summary, as_json)
+
+    _guard(work, as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a config file, for editors."""
+    from jobs.config import RunConfig
+
+    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+def _stages(config: Path, overrides: list[str] | None, as_json: bool, only: tuple[str, ...] | None) -> None:
+    def work() -> None:
+        from jobs.progress import ConsoleProgress
+        from jobs.run import run as run_stages
+
+        loaded = _load(config, overrides)
+        summary = run_stages(loaded, ConsoleProgress(), only)
+        _print(summary, as_json)
+        if only is None and not as_json:
+            command = " ".join(["raystill serve", str(config), *(overrides or [])])
+            typer.echo(f"Keep the endpoint up:  {command}")
+
+    _guard(work, as_json)
+
+
+def _load(config: Path, overrides: list[str] | None) -> Any:
+    from cluster.config import load
+    from jobs.config import RunConfig
+
+    return load(RunConfig, config, overrides)
+
+
+def _print(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(summary, sort_keys=True))
+        return
+    from rich.console import Console
+
+    from jobs.tables import show
+
+    show(summary, Console())
+
+
+def _guard(work: Any, as_json: bool) -> None:
+    """Runs a command; a known error becomes one line and an exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from cluster.errors import RaystillError, UserError
+    from cluster.logs import setup_logging
+
+    setup_logging()
+    try:
+        work()
+    except RaystillError as error:
+        code = 2 if isinstance(error, UserError) else 1
+        message = " ".join(str(error).split())
+        typer.echo(f"raystill: {message}", err=True)
+        if as_json:
+            typer.echo(json.dumps({"error": message, "error_type": type(error).__name__, "exit_code": code}))
+        raise SystemExit(code) from None
+    except KeyboardInterrupt:
+        typer.echo("raystill: interrupted; run the same command again to go on", err=True)
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Reading source text: jsonl (plain, .gz, .zst), parquet and txt, local or in object storage.
+
+A damaged file stops the job with its name and place; nothing is skipped silently.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+import pyarrow
+import pyarrow.parquet as pq
+import zstandard
+
+from cluster.errors import CorpusError
+from cluster.storage import LocalStorage, ObjectInfo, Storage, open_storage, split_uri
+
+ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source object."""
+
+    storage: Storage
+    info: ObjectInfo
+
+    @property
+    def uri(self) -> str:
+        return f"{self.storage.uri}/{self.info.key}"
+
+
+def find_sources(uris: list[str]) -> list[Source]:
+    """All source objects below the given files, directories and prefixes, sorted within each.
+
+    Raises:
+        CorpusError: a URI that holds no source, an empty object, or an ending that is not known.
+    """
+    found: list[Source] = []
+    for uri in uris:
+        storage = open_storage(uri)
+        is_file = storage.root.is_file() if isinstance(storage, LocalStorage) else uri.endswith(ENDINGS)
+        if is_file:
+            parent, name = split_uri(storage.uri)
+            listed = [Source(parent, item) for item in parent.list(name) if item.key == name]
+        else:
+            listed = [Source(storage, item) for item in storage.list() if item.key.endswith(ENDINGS)]
+        if not listed:
+            raise CorpusError(f"data.sources {uri}: nothing there that ends in {', '.join(ENDINGS)}; check the path")
+        for source in listed:
+            if not source.info.key.endswith(ENDINGS):
+                raise CorpusError(f"source {source.uri}: unknown ending; use one of {', '.join(ENDINGS)}")
+            if source.info.size_bytes == 0:
+                raise CorpusError(f"source {source.uri}: the file is empty; remove it or fill it")
+        found.extend(listed)
+    return found
+
+
+def read_texts(source: Source, text_column: str) -> Iterator[str]:
+    """The documents of one source object, in order; empty ones are left out.
+
+    Raises:
+        CorpusError: the object is damaged, or a row has no such column; names the object and the row.
+    """
+    key = source.info.key
+    try:
+        if key.endswith(".parquet"):
+            texts = _parquet(source, text_column)
+        elif key.endswith(".txt"):
+            texts = iter([_open(source).read().decode("utf-8")])
+        else:
+            texts = _jsonl(source, text_column)
+        for text in texts:
+            if text.strip():
+                yield text
+    except FileNotFoundError:
+        raise CorpusError(f"source {source.uri}: it is gone; run prepare again") from None
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"source {source.uri}: not UTF-8 (byte {error.start}); convert it or leave it out") from error
+    except (EOFError, OSError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CorpusError(f"source {source.uri}: cannot be read to its end ({reason}); replace or remove it") from error
+
+
+def _open(source: Source) -> IO[bytes]:
+    if isinstance(source.storage, LocalStorage):
+        return (source.storage.root / Path(source.info.key)).open("rb")
+    return io.BytesIO(source.storage.read(source.info.key))
+
+
+def _jsonl(source: Source, text_column: str) -> Iterator[str]:
+    with _open(source) as raw:
+        stream: IO[bytes] = raw
+        if source.info.key.endswith(".gz"):
+            stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+        elif source.info.key.endswith(".zst"):
+            stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise CorpusError(
+                    f"source {source.uri}: line {number} is not JSON ({error}); the file may be cut off"
+                ) from error
+            text = record.get(text_column) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+                raise CorpusError(
+                    f"source {source.uri}: line {number} has no text in {text_column!r} "
+                    f"(found: {keys}); set data.text_column"
+                )
+            yield text
+        if source.info.key.endswith(".zst") and raw.tell() < source.info.size_bytes:
+            raise EOFError("data behind the last frame")
+
+
+def _parquet(source: Source, text_column: str) -> Iterator[str]:
+    with _open(source) as raw:
+        file = pq.ParquetFile(raw)
+        if text_column not in file.schema_arrow.names:
+            names = ", ".join(file.schema_arrow.names)
+            raise CorpusError(f"source {source.uri}: no column {text_column!r} (found: {names}); set data.text_column")
+        for batch in file.iter_batches(columns=[text_column]):
+            for text in batch.column(0).to_pylist():
+                if isinstance(text, str):
+                    yield text

@@ -1,0 +1,81 @@
+"""What a run has done: one small record per stage below `stages/`, and `summary.json` at the storage root.
+
+A record holds the stage's key, which is a hash of everything that decides its result. A stage whose record has the
+same key is done; any other is to do. So a finished run says so, a killed one goes on where it was, and a changed
+config repeats only what the change touches.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cluster.config import fingerprint
+from cluster.errors import StorageError
+from cluster.storage import Storage
+
+SUMMARY = "summary.json"
+STAGES = ("prepare", "teacher", "train", "evaluate", "quantize", "register", "promote", "serve")
+"""All stages in the order in which they run."""
+
+Status = Literal["done", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """How a stage ended."""
+
+    key: str
+    status: Status
+    seconds: float
+    output: dict[str, Any]
+    message: str = ""
+
+
+class Ledger:
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage, self._name = storage, name
+
+    def check_owner(self) -> None:
+        """Raises `StorageError` if the storage root belongs to a run of another name."""
+        try:
+            owner = self._storage.read_json(SUMMARY).get("name")
+        except FileNotFoundError:
+            return
+        if owner != self._name:
+            raise StorageError(
+                f"storage {self._storage.uri} holds run {owner!r}, the config says name={self._name!r}: "
+                "choose another storage, or use that name"
+            )
+
+    def record(self, stage: str) -> StageRecord | None:
+        try:
+            return StageRecord(**self._storage.read_json(f"stages/{stage}.json"))
+        except FileNotFoundError:
+            return None
+
+    def done(self, stage: str, key: str) -> StageRecord | None:
+        """The stage's record if it is done for this key."""
+        record = self.record(stage)
+        return record if record is not None and record.key == key and record.status in ("done", "skipped") else None
+
+    def write(self, stage: str, record: StageRecord) -> None:
+        self._storage.write_json(f"stages/{stage}.json", vars(record))
+        self._storage.write_json(SUMMARY, self.summary())
+
+    def summary(self) -> dict[str, Any]:
+        """All stages, with training's figures, and the models' table: what `--json` prints."""
+        records = {stage: record for stage in STAGES if (record := self.record(stage)) is not None}
+        stages: dict[str, Any] = {}
+        models: dict[str, Any] = {}
+        for stage, record in records.items():
+            entry: dict[str, Any] = {"status": record.status, "seconds": round(record.seconds, 2)}
+            if record.message:
+                entry["message"] = record.message
+            output = dict(record.output)
+            models.update(output.pop("models", {}))
+            stages[stage] = {**entry, **output}
+        return {"name": self._name, "storage": self._storage.uri, "stages": stages, "models": models}
+
+
+def stage_key(*parts: Any) -> str:
+    """The key of a stage made from the parts that decide its result."""
+    return fingerprint(list(parts))

@@ -1,0 +1,1 @@
+"""Quantisation schemes, one file each: how a float student becomes an artefact, and how the artefact is scored."""

@@ -1,0 +1,144 @@
+"""`raystill run`: walks the stages, skips what is done, and says at the end what came out.
+
+A stage that is already done for the same inputs is skipped, so a run that died is continued by running it again.
+Nothing is written before the checks of `jobs.preflight` have passed.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from cluster.connection import connect
+from cluster.errors import ConfigError, UserError
+from cluster.storage import open_storage
+from cluster.tracking import Tracker, tracking_uri
+from jobs.config import RunConfig
+from jobs.ledger import SUMMARY, Ledger, StageRecord
+from jobs.preflight import check_cluster, check_config
+from jobs.progress import ConsoleProgress
+from jobs.stages import ALL_STAGES, Run, Stage
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """Does every stage that is not done (or those named in `only`) and returns the summary.
+
+    Raises:
+        UserError: a mistake that was found before anything was written, or in the corpus.
+        RaystillError: a stage failed; its record says so.
+    """
+    storage = open_storage(config.storage)
+    ledger = Ledger(storage, config.name)
+    check_config(config)
+    this = Run(config, storage)
+    stages = list(ALL_STAGES)
+    while stages and _take_if_done(this, ledger, stages[0]):
+        stages.pop(0)
+    todo = [stage for stage in stages if only is None or stage.name in only]
+    if not todo:
+        progress.say(f"{config.name}: nothing to do, everything asked for is done in {storage.uri}")
+        return ledger.summary()
+    if stages[0].name not in (only or (stages[0].name,)):
+        command = "train" if stages[0].name == "teacher" else stages[0].name
+        raise ConfigError(
+            f"stage {todo[0].name} needs {stages[0].name}, which is not done for this config in {storage.uri}: "
+            f"`raystill {command}` comes first, or use `raystill run`"
+        )
+    if any(stage.name == "serve" for stage in todo):
+        from services.endpoint.client import check_port_free
+
+        check_port_free(config.serve.host, config.serve.port)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(progress)
+        for stage in todo:
+            if _take_if_done(this, ledger, stage):
+                continue
+            if stage.needs_cluster and this.connection is None:
+                this.connection = stack.enter_context(connect(config.cluster))
+                check_cluster(config, this.connection)
+            if stage.name != "prepare" and this.tracker is None:
+                this.tracker = stack.enter_context(_tracking(this))
+            _do(this, ledger, stage, progress)
+    return ledger.summary()
+
+
+def _take_if_done(this: Run, ledger: Ledger, stage: Stage) -> bool:
+    """Whether the stage is done for this config; its output is taken over then."""
+    key = stage.key(this)
+    this.keys[stage.name] = key
+    record = ledger.done(stage.name, key)
+    if record is not None:
+        this.outputs[stage.name] = record.output
+    return record is not None
+
+
+def _do(this: Run, ledger: Ledger, stage: Stage, progress: ConsoleProgress) -> None:
+    bar = progress.stage(stage.name)
+    key, started = this.keys[stage.name], time.monotonic()
+    skipped = stage.name == "teacher" and this.config.teacher is None
+    try:
+        output = stage.work(this, bar)
+    except BaseException as error:
+        bar.fail(type(error).__name__)
+        if not (isinstance(error, UserError) and ledger.record("prepare") is None):
+            with contextlib.suppress(Exception):  # the error itself matters more than its record
+                message = " ".join(str(error).split())[:1000] or type(error).__name__
+                ledger.write(stage.name, StageRecord(key, "failed", time.monotonic() - started, {}, message))
+        raise
+    seconds = time.monotonic() - started
+    this.outputs[stage.name] = output
+    ledger.write(stage.name, StageRecord(key, "skipped" if skipped else "done", seconds, output))
+    bar.finish("no teacher" if skipped else f"{seconds:.0f} s")
+
+
+@contextlib.contextmanager
+def _tracking(this: Run) -> Iterator[Tracker]:
+    """The run's record in MLflow; a continued run goes on in the same one."""
+    config, storage, key = this.config, this.storage, "tracking.json"
+    uri = tracking_uri(config.state_directory)
+    known: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError):
+        known = storage.read_json(key)
+    run_id = known.get("run_id") if known.get("uri") == uri else None
+    tracker = Tracker(uri, config.name, config.name, f"{storage.uri}/mlflow", run_id)
+    tracker.text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False), "config.yaml")
+    tracker.params(_flat(config.model_dump(mode="json", by_alias=True)))
+    tracker.tags({"raystill.storage": storage.uri, "raystill.data": str(this.outputs["prepare"]["fingerprint"])})
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    finally:
+        for name, output in this.outputs.items():
+            for model, figures in output.get("models", {}).items():
+                tracker.metrics({f"{name}/{model}/{what}": value for what, value in figures.items()}, 0)
+        if "teacher" in this.keys:
+            tracker.tags({"raystill.teacher": this.keys["teacher"]})
+        tracker.close(status)
+        if tracker.run_id is not None:
+            with contextlib.suppress(Exception):  # only saves a second record after a restart
+                storage.write_json(key, {"uri": uri, "run_id": tracker.run_id})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            out[f"{prefix}{name}"] = value
+    return out
+
+
+def status(storage_uri: str) -> dict[str, Any] | None:
+    """The summary of a run, or None if there is none below the root."""
+    storage = open_storage(storage_uri)
+    try:
+        return storage.read_json(SUMMARY)
+    except FileNotFoundError:
+        return None

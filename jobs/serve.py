@@ -1,0 +1,54 @@
+"""The endpoint as a job: a check that the champion answers, or the endpoint kept up until it is interrupted."""
+
+import signal
+import threading
+from typing import Any
+
+from cluster.champions import current_champion, database_url, open_database
+from cluster.errors import ConfigError
+from jobs.config import RunConfig
+from services.endpoint.client import ask, start_endpoint, stop_endpoint
+from services.endpoint.schema import EndpointConfig
+
+
+def endpoint_config(config: RunConfig) -> EndpointConfig:
+    """The endpoint's own part of `serve`."""
+    return EndpointConfig(**{name: getattr(config.serve, name) for name in EndpointConfig.model_fields})
+
+
+def ask_once(config: RunConfig) -> dict[str, Any]:
+    """Starts the endpoint, asks `serve.question`, stops it. Needs a connected Ray."""
+    database = database_url(config.state_directory)
+    url = start_endpoint(endpoint_config(config), config.model_name, database)
+    try:
+        answer = ask(url, config.model_name, config.serve.question, max_tokens=48)
+    finally:
+        stop_endpoint()
+    return {"url": url, "model": config.model_name, "question": config.serve.question, "answer": answer}
+
+
+def check_champion(config: RunConfig) -> None:
+    """Raises `ConfigError` if there is nothing to serve yet."""
+    engine = open_database(database_url(config.state_directory))
+    try:
+        if current_champion(engine, config.model_name) is None:
+            raise ConfigError(
+                f"model {config.model_name} has no champion in {config.storage}: `raystill run` makes one"
+            )
+    finally:
+        engine.dispose()
+
+
+def serve_until_interrupted(config: RunConfig, say: Any) -> None:
+    """Keeps the endpoint up until SIGINT or SIGTERM. Needs a connected Ray."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    url = start_endpoint(endpoint_config(config), config.model_name, database_url(config.state_directory))
+    say(f"{config.model_name} answers at {url}/v1 (Ctrl-C stops it). Try:")
+    say(
+        f"  curl -s {url}/v1/completions -H 'Content-Type: application/json' "
+        f"""-d '{{"model": "{config.model_name}", "prompt": "{config.serve.question}", "max_tokens": 40}}'"""
+    )
+    stop.wait()
+    stop_endpoint()

@@ -1,0 +1,358 @@
+"""The stages of a run: for each, the key that decides its result, and the work that makes it.
+
+`jobs.run` walks them in order. A stage sees the config and the outputs of the stages before it; what it returns is
+stored in the ledger and must be plain JSON.
+"""
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from cluster.champions import database_url
+from cluster.config import fingerprint
+from cluster.connection import Connection
+from cluster.pretrained import load_tokenizer, locate, model_fingerprint, tokenizer_fingerprint
+from cluster.resources import physical_cores, threads_each
+from cluster.storage import Storage, publish_directory, read_manifest
+from cluster.tracking import Tracker, tracking_uri
+from jobs.config import DistillConfig, RunConfig, StudentConfig
+from jobs.corpus import Source, find_sources
+from jobs.gather import gather_python_docs
+from jobs.ledger import stage_key
+from jobs.prepare import corpus_fingerprint, prepare, train_tokenizer
+from jobs.progress import Bar
+from jobs.promote import promote
+from jobs.quantize import check_reload
+from jobs.register import register
+from jobs.serve import ask_once
+from jobs.tasks import run_task
+from jobs.train import default_threads, run_training, teacher_service
+from jobs.training.plan import TrainPlan
+
+Output = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """A run in progress: its config, where it writes, what its stages gave so far."""
+
+    config: RunConfig
+    storage: Storage
+    outputs: dict[str, Output] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    connection: Connection | None = None
+    tracker: Tracker | None = None
+
+    @property
+    def cluster(self) -> Connection:
+        assert self.connection is not None, "this stage needs a connected cluster"
+        return self.connection
+
+    @property
+    def store_prefix(self) -> str:
+        return str(self.outputs["prepare"]["store"])
+
+    @property
+    def tokenizer(self) -> str:
+        return str(self.outputs["prepare"]["tokenizer"])
+
+    @property
+    def teacher_model(self) -> str | None:
+        return self.outputs["teacher"].get("model")
+
+    def track(self, prefix: str) -> Callable[[int, dict[str, float]], None]:
+        """A sink for a training's metrics."""
+        return lambda step, metrics: (
+            self.tracker.metrics({f"{prefix}{name}": value for name, value in metrics.items()}, step)
+            if self.tracker is not None
+            else None
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    key: Callable[[Run], str]
+    work: Callable[[Run, Bar], Output]
+    needs_cluster: bool = True
+
+
+# --- prepare: corpus, tokenizer, example store --------------------------------------------------------------------
+
+
+def _prepare_key(run: Run) -> str:
+    config = run.config
+    if config.data.gather is not None:
+        corpus: Any = [config.data.gather, platform.python_version()]
+    else:
+        corpus = corpus_fingerprint(find_sources(config.data.sources))
+    return stage_key(config.data.identity(), corpus, _tokenizer_identity(config))
+
+
+def _tokenizer_identity(config: RunConfig) -> Any:
+    """What decides the tokenizer: how it is trained, or the vocabulary of the one that is taken."""
+    if config.data.train_tokenizer is not None:
+        return config.data.train_tokenizer.identity()
+    model, gguf_file = _tokenizer_source(config)
+    return tokenizer_fingerprint(load_tokenizer(model, gguf_file))
+
+
+def _tokenizer_source(config: RunConfig) -> tuple[str, str | None]:
+    named = config.student.tokenizer or config.student.model
+    if config.teacher is not None and config.teacher.model is not None:
+        return config.teacher.model, config.teacher.gguf_file
+    assert named is not None, "the config checks that a tokenizer is named"
+    return named, None
+
+
+def _prepare(run: Run, bar: Bar) -> Output:
+    config, storage, key = run.config, run.storage, run.keys["prepare"]
+    prefix = f"store/{key}"
+    if config.data.gather is not None:
+        gather_python_docs(storage, f"corpus/{config.data.gather}.jsonl", bar)
+        sources = find_sources([f"{storage.uri}/corpus"])
+    else:
+        sources = find_sources(config.data.sources)
+    tokenizer = _tokenizer(run, sources, bar)
+    trained = config.teacher.train if config.teacher is not None else None
+    smallest = max(config.train.global_batch, trained.global_batch if trained is not None else 0)
+    manifest = prepare(sources, config.data, tokenizer, smallest, storage, prefix, bar)
+    return {
+        "store": prefix,
+        "tokenizer": tokenizer,
+        **{name: manifest[name] for name in ("rows", "tokens", "bytes", "documents", "vocab_size")},
+        **{name: manifest[name] for name in ("sequence_length", "tokenizer_fingerprint", "fingerprint")},
+    }
+
+
+def _tokenizer(run: Run, sources: list[Source], bar: Bar) -> str:
+    """URI of the run's tokenizer: trained on the corpus, or copied from where the config names it."""
+    prefix = f"tokenizer/{run.keys['prepare']}"
+    if run.config.data.train_tokenizer is not None:
+        return train_tokenizer(sources, run.config.data, run.storage, prefix, bar)
+    if read_manifest(run.storage, prefix) is None:
+        with TemporaryDirectory(prefix="raystill-tokenizer-") as name:
+            load_tokenizer(*_tokenizer_source(run.config)).save_pretrained(name)
+            publish_directory(Path(name), run.storage, prefix)
+    return f"{run.storage.uri}/{prefix}"
+
+
+# --- teacher: given, converted, or trained here -------------------------------------------------------------------
+
+
+def _teacher_key(run: Run) -> str:
+    teacher = run.config.teacher
+    if teacher is None:
+        return stage_key(None)
+    if teacher.model is not None:
+        return stage_key(teacher.gguf_file, model_fingerprint(locate(teacher.model)))
+    return stage_key(teacher.identity(), run.outputs["prepare"]["fingerprint"])
+
+
+def _teacher(run: Run, bar: Bar) -> Output:
+    teacher = run.config.teacher
+    if teacher is None:
+        return {}
+    if teacher.gguf_file is not None:
+        prefix = f"teacher/{run.keys['teacher']}/model"
+        bar.start(1, "converting to safetensors")
+        run_task(convert_gguf, str(teacher.model), teacher.gguf_file, run.storage.uri, prefix)
+        return {"model": f"{run.storage.uri}/{prefix}"}
+    if teacher.model is not None:
+        return {"model": locate(teacher.model)}
+    assert teacher.train is not None
+    assert teacher.shape is not None
+    plan = TrainPlan(
+        storage=run.storage.uri,
+        prefix=f"teacher/{run.keys['teacher']}",
+        store=run.store_prefix,
+        tokenizer=run.tokenizer,
+        student=StudentConfig(shape=teacher.shape),
+        teacher_model=None,
+        teacher=None,
+        distill=DistillConfig(alpha=1.0),
+        train=teacher.train,
+        threads=teacher.train.threads_per_worker or threads_each(teacher.train.num_workers),
+    )
+    return run_training(plan, run.cluster, bar, run.track("teacher/"))
+
+
+def convert_gguf(model: str, gguf_file: str, storage_uri: str, prefix: str) -> None:
+    """Publishes a GGUF file as safetensors (bfloat16) with its tokenizer; a Ray task."""
+    import torch
+
+    from cluster.language_model import load_causal_lm
+    from cluster.storage import open_storage
+
+    with TemporaryDirectory(prefix="raystill-convert-") as name:
+        load_causal_lm(model, torch.bfloat16, gguf_file).save_pretrained(name)
+        load_tokenizer(model, gguf_file).save_pretrained(name)
+        publish_directory(Path(name), open_storage(storage_uri), prefix)
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def _train_key(run: Run) -> str:
+    config = run.config
+    derived = config.student.from_teacher is not None or "model_type" not in (config.student.shape or {"model_type": 1})
+    own = None if config.student.model is None else model_fingerprint(locate(config.student.model))
+    return stage_key(
+        config.student.identity(),
+        own,
+        config.distill.identity() if config.distils else None,
+        config.train.identity(),
+        run.outputs["prepare"]["fingerprint"],
+        run.keys["teacher"] if config.distils or derived else None,
+        config.teacher.dtype if config.distils and config.teacher is not None else None,
+    )
+
+
+def _train(run: Run, bar: Bar) -> Output:
+    config = run.config
+
+    def plan(access: Any) -> TrainPlan:
+        return TrainPlan(
+            storage=run.storage.uri,
+            prefix=f"student/{run.keys['train']}",
+            store=run.store_prefix,
+            tokenizer=run.tokenizer,
+            student=config.student,
+            teacher_model=run.teacher_model,
+            teacher=access,
+            distill=config.distill,
+            train=config.train,
+            threads=config.train.threads_per_worker or default_threads(config),
+        )
+
+    if config.teacher is None or not config.distils:
+        return run_training(plan(None), run.cluster, bar, run.track(""))
+    bar.start(config.train.steps, "starting the teachers")
+    assert run.teacher_model is not None
+    with teacher_service(config.teacher, run.teacher_model, run.tokenizer, run.outputs["prepare"], config) as access:
+        return run_training(plan(access), run.cluster, bar, run.track(""))
+
+
+# --- evaluate, quantize -------------------------------------------------------------------------------------------
+
+
+def _float_models(run: Run) -> dict[str, str]:
+    models = {"student": str(run.outputs["train"]["model"])}
+    return {"teacher": run.teacher_model, **models} if run.teacher_model is not None else models
+
+
+def _evaluate_key(run: Run) -> str:
+    return stage_key(run.config.evaluate.identity(), run.keys["train"], run.keys["teacher"])
+
+
+def _evaluate(run: Run, bar: Bar) -> Output:
+    from jobs.evaluate import evaluate_models
+
+    arguments = (run.storage.uri, run.store_prefix, run.config.evaluate, physical_cores())
+    measured = run_task(evaluate_models, _float_models(run), *arguments, bar=bar, total=_rows_to_score(run))
+    return {"models": measured}
+
+
+def _rows_to_score(run: Run) -> int:
+    return min(run.config.evaluate.max_rows, int(run.outputs["prepare"]["rows"]["validation"]))
+
+
+def _quantize_key(run: Run) -> str:
+    return stage_key(run.config.quantize.identity(), run.config.evaluate.identity(), run.keys["train"])
+
+
+def _quantize(run: Run, bar: Bar) -> Output:
+    from jobs.evaluate import check_and_measure
+    from jobs.quantize import make_artefacts
+
+    config = run.config
+    schemes, threads = list(config.quantize.schemes), physical_cores()
+    prefix = f"quantized/{run.keys['quantize']}"
+    student = run.outputs["train"]["model"]
+    artefacts = run_task(
+        make_artefacts,
+        student,
+        schemes,
+        run.storage.uri,
+        prefix,
+        run.store_prefix,
+        threads,
+        bar=bar,
+        total=len(schemes),
+    )
+    arguments = (run.storage.uri, run.store_prefix, config.evaluate, threads)
+    measured = run_task(check_and_measure, artefacts, *arguments, bar=bar, total=_rows_to_score(run))
+    for scheme in schemes:
+        check_reload(scheme, measured[scheme])
+    return {"artefacts": artefacts, "models": {f"student_{scheme}": measured[scheme] for scheme in schemes}}
+
+
+# --- register, promote, serve -------------------------------------------------------------------------------------
+
+
+def _register_key(run: Run) -> str:
+    where = tracking_uri(run.config.state_directory)
+    return stage_key(run.config.model_name, where, run.keys["quantize"], run.keys["evaluate"])
+
+
+def _register(run: Run, bar: Bar) -> Output:
+    artefacts = run.outputs["quantize"]["artefacts"]
+    bar.start(1, f"{len(artefacts)} versions of {run.config.model_name}")
+    with_measures = {
+        scheme: {"uri": artefact["uri"], "measured": run.outputs["quantize"]["models"][f"student_{scheme}"]}
+        for scheme, artefact in artefacts.items()
+    }
+    facts = {
+        "run": run.config.name,
+        "data_fingerprint": run.outputs["prepare"]["fingerprint"],
+        "teacher_fingerprint": run.keys["teacher"],
+        "config_fingerprint": fingerprint(run.config.identity()),
+        "float_student": run.outputs["evaluate"]["models"]["student"],
+    }
+    run_id = run.tracker.wait_started() if run.tracker is not None else None
+    tracking = tracking_uri(run.config.state_directory)
+    return {"versions": register(with_measures, run.config.model_name, run.storage, tracking, run_id, facts)}
+
+
+def _promote_key(run: Run) -> str:
+    return stage_key(run.config.promote.identity(), database_url(run.config.state_directory), run.keys["register"])
+
+
+def _promote(run: Run, bar: Bar) -> Output:
+    config = run.config
+    scheme = config.promote.scheme
+    bar.start(1, f"{scheme} at the gate")
+    champion = promote(
+        config.promote,
+        config.model_name,
+        run.outputs["register"]["versions"][scheme],
+        run.outputs["evaluate"]["models"]["student"],
+        run.outputs["quantize"]["models"][f"student_{scheme}"],
+        database_url(config.state_directory),
+        tracking_uri(config.state_directory),
+    )
+    return {"champion": vars(champion)}
+
+
+def _serve_key(run: Run) -> str:
+    return stage_key(run.config.serve.question, run.keys["promote"])
+
+
+def _serve(run: Run, bar: Bar) -> Output:
+    bar.start(1, "asking the endpoint one question")
+    return ask_once(run.config)
+
+
+ALL_STAGES = (
+    Stage("prepare", _prepare_key, _prepare, needs_cluster=False),
+    Stage("teacher", _teacher_key, _teacher),
+    Stage("train", _train_key, _train),
+    Stage("evaluate", _evaluate_key, _evaluate),
+    Stage("quantize", _quantize_key, _quantize),
+    Stage("register", _register_key, _register, needs_cluster=False),
+    Stage("promote", _promote_key, _promote, needs_cluster=False),
+    Stage("serve", _serve_key, _serve),
+)

@@ -1,0 +1,77 @@
+"""The tables that a person reads at the end: models side by side, and the stages of a run."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_TITLES = {
+    "teacher": "teacher",
+    "student": "student",
+    "student_int8_weight_only": "student, int8 weights (torchao)",
+    "student_onnx_int8": "student, int8 (ONNX)",
+}
+
+
+def models_table(summary: dict[str, Any]) -> Table:
+    """Parameters, size on disk, held-out bits per byte and scoring speed of every model."""
+    table = Table(title=f"{summary['name']}: models", title_justify="left")
+    table.add_column("model")
+    for column in ("parameters", "size on disk", "bits per byte", "tokens per second"):
+        table.add_column(column, justify="right")
+    for name in sorted(summary["models"], key=lambda item: list(_TITLES).index(item) if item in _TITLES else 99):
+        row = summary["models"][name]
+        table.add_row(
+            _TITLES.get(name, name),
+            f"{row['parameters']:,}",
+            size(row["bytes"]),
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['tokens_per_s']:,.0f}",
+        )
+    return table
+
+
+def stages_table(summary: dict[str, Any]) -> Table:
+    """Status and seconds of every stage, with training's main figures."""
+    table = Table(title=f"{summary['name']}: stages in {summary['storage']}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("status")
+    table.add_column("seconds", justify="right")
+    table.add_column("")
+    for name, stage in summary["stages"].items():
+        colour = {"done": "green", "failed": "red"}.get(stage["status"], "dim")
+        table.add_row(name, f"[{colour}]{stage['status']}[/]", f"{stage['seconds']:.1f}", _note(stage))
+    return table
+
+
+def _note(stage: dict[str, Any]) -> str:
+    if "message" in stage:
+        return str(stage["message"])
+    if stage.get("losses"):
+        note = f"{stage['rows']:,} rows, {stage['tokens_per_s']:,.0f} tokens/s, loss {stage['losses'][-1]:.3f}"
+        if stage.get("teacher_calls"):
+            note += f", {stage['teacher_calls']:,} teacher calls, waited {stage['teacher_wait_s']:.1f} s"
+        return note
+    if "documents" in stage:
+        return f"{stage['documents']:,} documents, {stage['rows']['train']:,} + {stage['rows']['validation']:,} rows"
+    if "champion" in stage:
+        return f"version {stage['champion']['version']} is champion of {stage['champion']['model_name']}"
+    if "answer" in stage:
+        return f"{stage['question']!r} → {stage['answer']!r}"
+    return ""
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people: 1.7 MB."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return ""
+
+
+def show(summary: dict[str, Any], console: Console) -> None:
+    console.print(stages_table(summary))
+    if summary["models"]:
+        console.print(models_table(summary))

@@ -1,0 +1,189 @@
+"""Training as a Ray Train job: the teacher replicas it needs, the workers, and what they report.
+
+The same job trains a student against a teacher and, with no teacher and alpha = 1, a teacher on text alone.
+"""
+
+import contextlib
+import logging
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from cluster.connection import Connection
+from cluster.errors import ConfigError, NonFiniteLoss, TokenizerMismatch, TrainingFailed
+from cluster.resources import process_environment, threads_each
+from cluster.storage import LocalStorage, open_storage
+from jobs.config import RunConfig, TeacherConfig
+from jobs.progress import Bar, start_board
+from jobs.training.plan import TeacherAccess, TrainPlan
+from services.teacher.client import TeacherClient, start_teacher, stop_teacher
+from services.teacher.schema import TeacherServiceConfig
+
+logger = logging.getLogger(__name__)
+
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+def run_training(plan: TrainPlan, connection: Connection, bar: Bar, on_step: OnStep) -> dict[str, Any]:
+    """Runs a plan to its end on Ray Train workers. A worker that dies takes the group back to its last checkpoint.
+
+    Returns:
+        What training counted: rows, tokens, tokens_per_s, teacher_calls, teacher_wait_s, retries, losses, and more.
+
+    Raises:
+        NonFiniteLoss: names the rows of the batch.
+        TrainingFailed: the workers failed more often than `train.max_failures`.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from jobs.training.loop import train_worker
+
+    config = plan.train
+    board = start_board()
+    resources = {"CPU": plan.threads}
+    with tempfile.TemporaryDirectory(prefix="raystill-train-") as local, _following(board, config.steps, bar, on_step):
+        storage = open_storage(plan.storage)
+        shared = local if connection.embedded or isinstance(storage, LocalStorage) else f"{storage.uri}/ray_train"
+        deadline_s = plan.teacher.deadline_s if plan.teacher else 0
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"plan": plan, "board": board},
+            # While one worker waits for the teacher the others wait in a collective: it must outlast the deadline.
+            torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=int(deadline_s) + 600),
+            scaling_config=ScalingConfig(
+                num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
+            ),
+            # Checkpoints are ours (jobs.training.checkpoint); Ray Train keeps only its own notes, under a fresh name.
+            run_config=RunConfig(
+                name=f"raystill-{uuid.uuid4().hex[:8]}",
+                storage_path=shared,
+                failure_config=FailureConfig(max_failures=config.max_failures),
+                worker_runtime_env={"env_vars": process_environment()} if not connection.embedded else None,
+            ),
+        )
+        try:
+            outcome = trainer.fit().return_value
+        except Exception as error:
+            raise TrainingFailed(f"training {plan.prefix} stopped: {_root_message(error)}") from error
+    if outcome is None:
+        raise TrainingFailed(f"training {plan.prefix} ended without a result; see the workers' logs")
+    if outcome["status"] == "non_finite":
+        raise NonFiniteLoss(outcome["message"])
+    seconds = outcome["train_s"]
+    return {
+        "model": f"{plan.storage.rstrip('/')}/{plan.prefix}/model",
+        "rows": outcome["rows"],
+        "rows_checksum": outcome["rows_checksum"],
+        "tokens": outcome["tokens"],
+        "tokens_per_s": outcome["tokens"] / seconds if seconds else 0.0,
+        "train_s": seconds,
+        "teacher_calls": outcome["teacher_calls"],
+        "teacher_wait_s": outcome["teacher_wait_s"],
+        "retries": outcome["retries"],
+        "validation": outcome["validation"],
+        "losses": outcome["losses"],
+    }
+
+
+@contextlib.contextmanager
+def teacher_service(
+    config: TeacherConfig, model: str, tokenizer: str, store: dict[str, Any], run: RunConfig
+) -> Iterator[TeacherAccess]:
+    """Teacher replicas for the length of the block, checked against the example store before any step.
+
+    Raises:
+        TokenizerMismatch: the teacher's ids mean other tokens than the store's.
+        ConfigError: requests that the teacher could not answer.
+    """
+    service = TeacherServiceConfig(
+        model=model,
+        tokenizer=tokenizer,
+        dtype=config.dtype,
+        replicas=config.replicas,
+        max_replicas=config.max_replicas,
+        threads_per_replica=config.threads_per_replica or default_threads(run),
+        num_gpus=config.num_gpus,
+        max_batch_tokens=config.max_batch_tokens,
+    )
+    start_teacher(service)
+    try:
+        client = TeacherClient(attempt_timeout_s=config.attempt_timeout_s, deadline_s=config.deadline_s)
+        description = client.describe()
+        client.close()
+        if description.tokenizer_fingerprint != store["tokenizer_fingerprint"]:
+            raise TokenizerMismatch(
+                f"teacher {model} has tokenizer {description.tokenizer_fingerprint}, the example store was made with "
+                f"{store['tokenizer_fingerprint']}: prepare with the teacher's tokenizer"
+            )
+        if store["sequence_length"] > description.max_sequence_tokens:
+            raise ConfigError(
+                f"data.sequence_length={store['sequence_length']}, teacher {model} takes at most "
+                f"{description.max_sequence_tokens} tokens: lower it"
+            )
+        yield TeacherAccess(
+            app_name="teacher",
+            fingerprint=description.fingerprint,
+            attempt_timeout_s=config.attempt_timeout_s,
+            deadline_s=config.deadline_s,
+            window_bytes=int(config.window_mb * 2**20),
+        )
+    finally:
+        stop_teacher()
+
+
+def default_threads(run: RunConfig) -> int:
+    """Threads of each worker and replica when both compute at the same time on one machine."""
+    replicas = run.teacher.replicas if run.teacher is not None and run.distils else 0
+    return threads_each(run.train.num_workers + replicas)
+
+
+@contextlib.contextmanager
+def _following(board: Any, steps: int, bar: Bar, on_step: OnStep) -> Iterator[None]:
+    """Moves the bar and passes metrics on while the block runs, from a thread of its own."""
+    import ray
+
+    stop = threading.Event()
+    bar.start(steps, "starting the workers")
+
+    def drain() -> None:
+        for report in ray.get(board.take.remote(), timeout=30):
+            step = report.pop("step")
+            on_step(step, report)
+            bar.update(step, _note(report))
+
+    def follow() -> None:
+        while not stop.wait(0.5):
+            with contextlib.suppress(Exception):  # a late answer is drawn next time; training goes on
+                drain()
+
+    thread = threading.Thread(target=follow, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(35)
+        with contextlib.suppress(Exception):
+            drain()
+
+
+def _note(metrics: dict[str, float]) -> str:
+    parts = [f"loss {metrics['train/loss']:.3f}", f"{metrics['train/tokens_per_s']:,.0f} tok/s"]
+    if "train/teacher_wait_s" in metrics:
+        parts.append(f"waits {metrics['train/teacher_wait_s'] * 1000:.0f} ms")
+    return "  ".join(parts)
+
+
+def _root_message(error: BaseException) -> str:
+    """The innermost reason of a failure that crossed several processes, as one line."""
+    seen = str(error).strip().splitlines()
+    failures = getattr(error, "worker_failures", None)
+    if isinstance(failures, dict) and failures:
+        first = next(iter(failures.values()))
+        cause = getattr(first, "cause", first)
+        text = str(cause).strip().splitlines()
+        return (text[-1] if text else type(cause).__name__)[:600]
+    return (seen[-1] if seen else type(error).__name__)[:600]

@@ -1,0 +1,89 @@
+"""The student before its first step: a given model, kept layers of the teacher, or fresh weights of a shape."""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.errors import ConfigError, ModelError
+from cluster.language_model import load_causal_lm
+from jobs.config import StudentConfig
+from jobs.shape import shape_config
+
+
+def build_student(config: StudentConfig, teacher: str | None, tokenizer: Any, seed: int) -> Any:
+    """The initial model, float32, the same for the same arguments.
+
+    Args:
+        teacher: the teacher's directory or hub id, for `shape` (its family) and `from_teacher`.
+        tokenizer: sets the vocabulary of fresh weights without a teacher.
+
+    Raises:
+        ModelError, ConfigError: a shape or layers that the family does not have.
+    """
+    if config.model is not None:
+        return load_causal_lm(config.model, torch.float32)
+    if config.from_teacher is not None:
+        if teacher is None:
+            raise ConfigError("student.from_teacher needs a teacher: set teacher.model")
+        return keep_layers(load_causal_lm(teacher, torch.float32), config.from_teacher.layers)
+    from transformers import AutoModelForCausalLM
+
+    specials = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    shape = shape_config(config.shape or {}, teacher, len(tokenizer), specials)
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        return AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"student.shape: {type(shape).__name__} cannot be built: {error}") from error
+    finally:
+        torch.random.set_rng_state(generator_state)
+
+
+def keep_layers(teacher: Any, layers: list[int]) -> Any:
+    """A model of the teacher's family with some of its layers, and its embeddings, norms and head.
+
+    Raises:
+        ModelError: an index out of range or given twice, or a family whose layers are not one list.
+    """
+    name, total = _layer_list(teacher)
+    if len(set(layers)) != len(layers) or not all(0 <= index < total for index in layers):
+        raise ModelError(
+            f"student.from_teacher.layers={layers}: the teacher has layers 0..{total - 1}, each can be kept once"
+        )
+    config = type(teacher.config)(**_kept(teacher.config.to_dict(), layers, total))
+    student = type(teacher)(config).float()
+    place = {str(old): str(new) for new, old in enumerate(layers)}
+    pattern = re.compile(rf"(^|.*\.){re.escape(name)}\.(\d+)\.(.*)")
+    kept = {}
+    for key, value in teacher.state_dict().items():
+        match = pattern.fullmatch(key)
+        if match is None:
+            kept[key] = value
+        elif match[2] in place:
+            kept[f"{match[1]}{name}.{place[match[2]]}.{match[3]}"] = value
+    student.load_state_dict(kept, strict=True)
+    student.tie_weights()
+    student.generation_config = teacher.generation_config
+    return student.eval()
+
+
+def _layer_list(model: Any) -> tuple[str, int]:
+    total = model.config.num_hidden_layers
+    for name, module in model.base_model.named_children():
+        if isinstance(module, nn.ModuleList) and len(module) == total:
+            return name, total
+    raise ModelError(f"model family {type(model).__name__} has no single list of {total} layers to keep from")
+
+
+def _kept(config: dict[str, Any], layers: list[int], total: int) -> dict[str, Any]:
+    """The config with fewer layers; lists with one entry per layer keep the same entries."""
+    out = {
+        key: [value[index] for index in layers] if isinstance(value, list) and len(value) == total else value
+        for key, value in config.items()
+    }
+    depth = next(key for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in config)
+    out[depth] = len(layers)
+    return out

@@ -1,0 +1,281 @@
+"""The training loop that runs on every Ray Train worker: batch, signal, loss, step.
+
+Read `train` first. What it leans on: `data` deals out rows, `prefetch` asks the teacher ahead, `losses` is the maths,
+`workers` adds up over ranks, `checkpoint` makes stopping harmless.
+"""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.language_model import OutputHead, choose_dtype, load_causal_lm, split
+from cluster.logs import setup_logging
+from cluster.pretrained import load_tokenizer
+from cluster.storage import open_storage, publish_directory
+from jobs.config import TrainConfig
+from jobs.scoring import TextScore, score_text, scored_hidden_states
+from jobs.training.checkpoint import Checkpoints, TrainState
+from jobs.training.data import ExampleStore, GlobalBatches, MicroBatch, collate
+from jobs.training.initial import build_student
+from jobs.training.losses import Objective, distillation_loss, teacher_head, teacher_target
+from jobs.training.plan import TrainPlan
+from jobs.training.prefetch import Prefetch
+from jobs.training.workers import StepSums, Workers
+from services.teacher.client import TeacherAnswers, TeacherClient
+from services.teacher.schema import Signal, SignalSpec
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[int, dict[str, float]], None]
+
+
+def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, report: Report) -> dict[str, Any]:
+    """Trains to the last step, from the newest checkpoint if there is one.
+
+    Returns:
+        `{"status": "done" | "non_finite", "message": str, **TrainState}`, the same on every worker.
+    """
+    config, storage = plan.train, open_storage(plan.storage)
+    store = ExampleStore(storage, plan.store, "train")
+    checkpoints = Checkpoints(storage, f"{plan.prefix}/checkpoints", config.keep_checkpoints)
+    model, optimizer, state = _restore(plan, workers, checkpoints)
+    body, student_head = split(model)
+    batches = GlobalBatches(store, config.global_batch, config.seed)
+    validation = ExampleStore(storage, plan.store, "validation")
+    autocast = _autocast(config, workers.device)
+    signals = _Signals(plan, workers, teacher, student_head, autocast is not None)
+    objective = Objective(
+        plan.distill.alpha if teacher else 1.0, plan.distill.temperature, plan.distill.divergence, plan.distill.jsd_beta
+    )
+
+    def loss_of(batch: MicroBatch, signal: Signal | None) -> Any:
+        with autocast or contextlib.nullcontext():
+            hidden_ND = scored_hidden_states(body, batch, workers.device)
+        targets_N = torch.from_numpy(batch.targets).to(workers.device)
+        return distillation_loss(hidden_ND, student_head, targets_N, signals.target(signal), objective)
+
+    shares = signals.with_signals(
+        batches.micro_batches(range(state.step, config.steps), workers.rank, workers.count, config.micro_batch)
+    )
+    model.train()
+    for step in range(state.step, config.steps):
+        started = time.perf_counter()
+        torch.manual_seed(hash((config.seed, step, workers.rank)))  # dropout repeats after a resume
+        sums = StepSums()
+        for batch, signal in shares:
+            loss = loss_of(batch, signal)
+            loss.total.backward()
+            sums.add(batch, loss)
+            if batch.last:
+                break
+        sums = workers.add_up(signals.count_into(sums))
+        if not math.isfinite(sums.loss):
+            return _non_finite(state, step, sums.loss, batches)
+        workers.add_up_gradients(model, divisor=max(1.0, sums.positions))
+        grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
+        rate = learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        metrics = _count(state, sums, len(store), config, time.perf_counter() - started, workers)
+        metrics |= {
+            "train/grad_norm": grad_norm,
+            "train/learning_rate": rate,
+            "train/temperature": objective.temperature,
+        }
+        if state.step % config.validate_every == 0 or state.step == config.steps:
+            metrics["validation/bits_per_byte"] = _validate(body, student_head, validation, config, workers)
+            state.validation.append([state.step, metrics["validation/bits_per_byte"]])
+            model.train()
+        if workers.leads:
+            report(state.step, metrics)
+            if state.step % config.checkpoint_every == 0 or state.step == config.steps:
+                checkpoints.save(model, optimizer, state)
+    if workers.leads:
+        _publish(plan, model)
+    workers.agree_on(0)
+    return {"status": "done", "message": "", **vars(state)}
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Entry point of a Ray Train worker."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    setup_logging("INFO")
+    plan: TrainPlan = config["plan"]
+    context = ray.train.get_context()
+    torch.set_num_threads(plan.threads)
+    workers = Workers(context.get_world_rank(), context.get_world_size(), get_device())
+    teacher = None
+    if plan.teacher is not None:
+        access = plan.teacher
+        teacher = TeacherClient(access.app_name, access.attempt_timeout_s, access.deadline_s)
+    try:
+        return train(plan, workers, teacher, lambda step, metrics: config["board"].report.remote(step, metrics))
+    finally:
+        if teacher is not None:
+            teacher.close()
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up to the peak rate, then a cosine to `final_rate` times it. `step` counts from 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.final_rate + (1 - config.final_rate) * cosine)
+
+
+class _Signals:
+    """The teacher's side of a batch: asks ahead, and turns answers into targets. Does nothing without a teacher."""
+
+    def __init__(
+        self, plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, student_head: OutputHead, reduced: bool
+    ) -> None:
+        self._teacher, self._workers, self._head = teacher, workers, None
+        self._counted = (0, 0, 0.0)
+        if teacher is None or plan.teacher is None:
+            return
+        description = teacher.describe()
+        if plan.distill.signal == "hidden":
+            dtype = torch.bfloat16 if reduced else torch.float32
+            self._head = teacher_head(teacher.head(), workers.device, dtype)
+        self._columns = min(description.vocab_size, student_head.vocab_size)
+        spec = SignalSpec(plan.distill.signal, self._columns, plan.distill.top_k, (plan.distill.temperature,))
+        self._prefetch = Prefetch(
+            teacher, spec, description.hidden_size, plan.teacher.window_bytes, f"worker{workers.rank}"
+        )
+
+    def with_signals(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Signal | None]]:
+        if self._teacher is None:
+            return ((batch, None) for batch in batches)
+        return self._prefetch.pairs(batches)
+
+    def target(self, signal: Signal | None) -> Any:
+        return None if signal is None else teacher_target(signal, self._columns, self._head, self._workers.device)
+
+    def count_into(self, sums: StepSums) -> StepSums:
+        """Adds what happened since the last call."""
+        if self._teacher is not None:
+            counters = self._teacher.counters
+            now = (counters.calls, counters.retries, self._prefetch.waited_s)
+            sums.teacher_calls, sums.retries, sums.teacher_wait_s = (
+                new - old for new, old in zip(now, self._counted, strict=True)
+            )
+            self._counted = now
+        return sums
+
+
+def _restore(
+    plan: TrainPlan, workers: Workers, checkpoints: Checkpoints
+) -> tuple[Any, torch.optim.Optimizer, TrainState]:
+    """Model, optimiser and counts of the newest whole checkpoint; the leader makes that of step 0 if there is none."""
+    step = -1
+    if workers.leads:
+        found = checkpoints.fetch()
+        if found is None:
+            tokenizer = load_tokenizer(plan.tokenizer)
+            model = build_student(plan.student, plan.teacher_model, tokenizer, plan.train.seed)
+            checkpoints.save(model, _optimizer(model, plan.train), TrainState())
+            found = checkpoints.fetch()
+            assert found is not None
+        step = found.state.step
+        found.discard()
+    found = checkpoints.fetch(workers.agree_on(step))
+    assert found is not None
+    model = load_causal_lm(str(found.model), torch.float32).to(workers.device)
+    if plan.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = _optimizer(model, plan.train)
+    found.restore_moments(model, optimizer)
+    found.discard()
+    logger.info("worker %d of %d starts at step %d", workers.rank, workers.count, found.state.step)
+    return model, optimizer, found.state
+
+
+def _optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, vectors (norms, biases) do not."""
+    matrices = [item for item in model.parameters() if item.requires_grad and item.dim() >= 2]
+    vectors = [item for item in model.parameters() if item.requires_grad and item.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> Any:
+    name = config.precision
+    dtype = choose_dtype(name, device)
+    return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else None
+
+
+def _count(
+    state: TrainState, sums: StepSums, num_rows: int, config: TrainConfig, seconds: float, workers: Workers
+) -> dict[str, float]:
+    """Advances the state by one step and returns the step's metrics."""
+    wait_s = sums.teacher_wait_s / workers.count
+    positions = max(1.0, sums.positions)
+    state.step += 1
+    epoch, position = divmod(state.step * config.global_batch, num_rows)
+    state.cursor = {"epoch": epoch, "position": position}
+    state.losses.append(sums.loss / positions)
+    state.rows += int(sums.rows)
+    state.tokens += int(sums.tokens)
+    state.rows_checksum += int(sums.rows_checksum)
+    state.teacher_calls += int(sums.teacher_calls)
+    state.retries += int(sums.retries)
+    state.teacher_wait_s += wait_s
+    state.train_s += seconds
+    metrics = {
+        "train/loss": sums.loss / positions,
+        "train/cross_entropy": sums.cross_entropy / positions,
+        "train/tokens_per_s": sums.tokens / seconds,
+        "train/step_s": seconds,
+    }
+    if sums.teacher_calls or state.teacher_calls:
+        metrics |= {
+            "train/divergence": sums.divergence / positions,
+            "train/agreement": sums.agreements / positions,
+            "train/teacher_wait_s": wait_s,
+            "train/retries": sums.retries,
+        }
+    return metrics
+
+
+def _validate(body: nn.Module, head: OutputHead, store: ExampleStore, config: TrainConfig, workers: Workers) -> float:
+    """Held-out bits per byte over the first rows of the validation split, shared out among the workers."""
+    body.eval()
+    mine = range(min(len(store), config.validation_rows))[workers.rank :: workers.count]
+    score = TextScore()
+    for start in range(0, len(mine), config.micro_batch):
+        rows = [store.row(index) for index in mine[start : start + config.micro_batch]]
+        score += score_text(body, head, collate(rows), workers.device)
+    total = workers.add_up(StepSums(loss=score.nats, positions=score.positions, rows=score.num_bytes))
+    return TextScore(total.loss, int(total.positions), int(total.rows)).bits_per_byte
+
+
+def _non_finite(state: TrainState, step: int, loss: float, batches: GlobalBatches) -> dict[str, Any]:
+    rows = batches.row_ids(step)
+    shown = ", ".join(str(row) for row in rows[:64]) + (f" and {len(rows) - 64} more" if len(rows) > 64 else "")
+    message = (
+        f"the loss of step {step} is {loss}; the student of the last checkpoint is intact. Rows of the batch "
+        f"(shard:row): {shown}. Lower train.learning_rate, or look at these rows"
+    )
+    return {"status": "non_finite", "message": message, **vars(state)}
+
+
+def _publish(plan: TrainPlan, model: Any) -> None:
+    """The finished model with its tokenizer, as a directory anyone can load."""
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory(prefix="raystill-model-") as name:
+        model.save_pretrained(name)
+        load_tokenizer(plan.tokenizer).save_pretrained(name)
+        publish_directory(Path(name), open_storage(plan.storage), f"{plan.prefix}/model")

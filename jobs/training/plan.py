@@ -1,0 +1,40 @@
+"""What the driver tells every train worker. Plain data; imports neither torch nor ray."""
+
+from cluster.config import Config
+from jobs.config import DistillConfig, StudentConfig, TrainConfig
+
+
+class TeacherAccess(Config):
+    """How a worker reaches the teacher service, and how far ahead it may ask."""
+
+    app_name: str
+    fingerprint: str
+    attempt_timeout_s: float
+    deadline_s: float
+    window_bytes: int
+
+
+class TrainPlan(Config):
+    """One training, of a student or of a teacher.
+
+    Args:
+        storage: root URI of the run.
+        prefix: where checkpoints and the finished model go, below the root.
+        store: prefix of the example store.
+        tokenizer: directory or hub id.
+        student: how the initial model is made.
+        teacher_model: directory or hub id of the teacher, for the initial model; None without one.
+        teacher: the service to ask; None trains on the text alone.
+    """
+
+    storage: str
+    prefix: str
+    store: str
+    tokenizer: str
+    student: StudentConfig
+    teacher_model: str | None
+    teacher: TeacherAccess | None
+    distill: DistillConfig
+    train: TrainConfig
+    threads: int
+    """Per worker."""

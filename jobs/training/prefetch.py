@@ -1,0 +1,66 @@
+"""Asking the teacher ahead of the student: requests in flight and answers waiting are bounded in bytes.
+
+Off-policy data do not go stale, so any depth is allowed; the bound is memory. The window runs across the borders of
+optimiser steps, and answers come out in the order of the micro-batches whatever order they arrive in.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from jobs.training.data import MicroBatch
+from services.teacher.client import TeacherAnswers
+from services.teacher.schema import ScoreReply, ScoreRequest, Signal, SignalSpec
+
+
+@dataclass
+class Prefetch:
+    """Pairs micro-batches with the teacher's signals.
+
+    Args:
+        teacher: who is asked.
+        spec: the signal wanted.
+        hidden_size: the teacher's width, for the size of an answer.
+        window_bytes: bound on answers asked for and not yet used; one request is always allowed.
+        asker: a name that makes request ids unique, for example the worker's rank.
+    """
+
+    teacher: TeacherAnswers
+    spec: SignalSpec
+    hidden_size: int
+    window_bytes: int
+    asker: str
+    waited_s: float = 0.0
+    """Time the student spent waiting for answers."""
+
+    def pairs(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Signal]]:
+        """Every micro-batch with its signal, in order."""
+        waiting: deque[tuple[MicroBatch, Future[ScoreReply], int]] = deque()
+        in_flight_bytes, number = 0, 0
+        upcoming = next(batches, None)
+        while waiting or upcoming is not None:
+            while upcoming is not None:
+                size = len(upcoming.positions) * self.spec.bytes_per_position(self.hidden_size)
+                if waiting and in_flight_bytes + size > self.window_bytes:
+                    break
+                waiting.append((upcoming, self.teacher.submit(self._request(upcoming, number)), size))
+                in_flight_bytes += size
+                number += 1
+                upcoming = next(batches, None)
+            batch, answer, size = waiting.popleft()
+            started = time.perf_counter()
+            signal = answer.result().signal
+            self.waited_s += time.perf_counter() - started
+            in_flight_bytes -= size
+            yield batch, signal
+
+    def _request(self, batch: MicroBatch, number: int) -> ScoreRequest:
+        return ScoreRequest(
+            request_id=f"{self.asker}-{batch.step}-{number}",
+            token_ids=batch.token_ids,
+            sequence_lengths=batch.sequence_lengths,
+            positions=batch.positions,
+            spec=self.spec,
+        )

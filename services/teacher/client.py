@@ -1,0 +1,183 @@
+"""How a trainer asks a teacher: bounded, with deadlines, and every answer checked.
+
+Scoring is a pure function, so a request may always be asked again. The client does that for a listed set of failures
+(a replica died, none is there, none answered in time) until a deadline; the teacher's own errors are final. Who asks
+ahead is bounded by the bytes of the answers (`jobs.training.prefetch`), and takes them in the order of the questions.
+"""
+
+import logging
+import os
+import random
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from cluster.errors import TeacherFailed, TeacherUnavailable
+from services.teacher.schema import (
+    HeadRecord,
+    ScoreReply,
+    ScoreRequest,
+    TeacherDescription,
+    TeacherServiceConfig,
+    check_reply,
+    copied,
+)
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "teacher"
+_MAX_CALLS_AT_ONCE = 16
+
+
+@dataclass
+class ClientCounters:
+    """What happened so far. Read by the training loop once per step."""
+
+    calls: int = 0
+    retries: int = 0
+
+
+class TeacherAnswers(Protocol):
+    """What the training loop needs of a teacher, wherever it runs."""
+
+    counters: ClientCounters
+
+    def describe(self) -> TeacherDescription: ...
+
+    def head(self) -> HeadRecord: ...
+
+    def submit(self, request: ScoreRequest) -> "Future[ScoreReply]": ...
+
+
+class TeacherClient:
+    """A teacher application on Ray Serve.
+
+    Args:
+        app_name: the Serve application.
+        attempt_timeout_s: a request unanswered for so long is given to another replica.
+        deadline_s: after so long without an answer `TeacherUnavailable` is raised.
+    """
+
+    def __init__(self, app_name: str = APP_NAME, attempt_timeout_s: float = 60.0, deadline_s: float = 600.0) -> None:
+        from ray import serve
+
+        for variable in ("RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_USE_GRPC_BY_DEFAULT"):
+            if os.environ.get(variable, "0") not in ("", "0"):
+                # These move large answers from shared memory to gRPC with a 4 MiB limit.
+                raise TeacherUnavailable(f"{variable} is set in a process that asks a teacher: unset it there")
+        self._handle = serve.get_deployment_handle("Teacher", app_name=app_name).options(_by_reference=True)
+        self._app_name = app_name
+        self._attempt_timeout_s, self._deadline_s = attempt_timeout_s, deadline_s
+        self._threads = ThreadPoolExecutor(_MAX_CALLS_AT_ONCE, thread_name_prefix="teacher-call")
+        self._lock = threading.Lock()
+        self._fingerprint: str | None = None
+        self.counters = ClientCounters()
+
+    def describe(self) -> TeacherDescription:
+        """What the teacher is. From here on answers of any other teacher are refused."""
+        description = self._call("describe")
+        self._fingerprint = description.fingerprint
+        return description
+
+    def head(self) -> HeadRecord:
+        """The teacher's output head; `TeacherFailed` if it is another teacher's."""
+        record = self._call("head")
+        if self._fingerprint is not None and record.fingerprint != self._fingerprint:
+            raise TeacherFailed(f"the head is of teacher {record.fingerprint}, expected {self._fingerprint}")
+        return copied(record)
+
+    def score(self, request: ScoreRequest) -> ScoreReply:
+        """The answer to one request, checked.
+
+        Raises:
+            TeacherUnavailable: no answer before the deadline.
+            TeacherFailed: the teacher answered with an error, or with something that was not asked.
+        """
+        reply = self._call("score", request)
+        problem = check_reply(request, reply, self._fingerprint)
+        if problem is not None:
+            raise TeacherFailed(f"the answer to request {request.request_id} {problem}")
+        return replace(reply, signal=copied(reply.signal))
+
+    def submit(self, request: ScoreRequest) -> "Future[ScoreReply]":
+        """`score` in the background. Retries are made there, so a lost replica delays only what it held."""
+        return self._threads.submit(self.score, request)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+        from ray.serve.exceptions import (
+            BackPressureError,
+            DeploymentUnavailableError,
+            ReplicaUnavailableError,
+            RequestCancelledError,
+        )
+
+        retried = (
+            RayActorError,  # the replica died or cannot be reached
+            ReplicaUnavailableError,
+            DeploymentUnavailableError,
+            BackPressureError,
+            RequestCancelledError,
+            GetTimeoutError,
+            TimeoutError,
+        )
+        end = time.monotonic() + self._deadline_s
+        attempt = 0
+        while True:
+            with self._lock:
+                self.counters.calls += 1
+                self.counters.retries += attempt > 0
+            response = None
+            try:
+                response = getattr(self._handle, method).remote(*arguments)
+                return response.result(timeout_s=max(0.01, min(self._attempt_timeout_s, end - time.monotonic())))
+            except retried as error:
+                if response is not None and isinstance(error, TimeoutError):
+                    response.cancel()
+                attempt += 1
+                pause = min(2.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0)
+                if time.monotonic() + pause >= end:
+                    raise TeacherUnavailable(
+                        f"teacher {self._app_name!r}: {method} unanswered after {self._deadline_s:g} s and {attempt} "
+                        f"attempts (last: {type(error).__name__}); see the replicas' logs, or raise teacher.deadline_s"
+                    ) from error
+                logger.warning(
+                    "teacher %s: attempt %d failed (%s), asking again", method, attempt, type(error).__name__
+                )
+                time.sleep(pause)
+            except RayTaskError as error:
+                cause = error.cause if isinstance(error.cause, Exception) else error
+                raise TeacherFailed(f"teacher {self._app_name!r}: {type(cause).__name__}: {cause}") from error
+
+
+def start_teacher(config: TeacherServiceConfig, app_name: str = APP_NAME) -> None:
+    """Deploys a teacher and waits until its replicas answer. Needs a connected Ray.
+
+    Raises:
+        TeacherUnavailable: it did not come up; the message holds the replica's reason.
+    """
+    from ray import serve
+
+    from services.teacher.deployment import app
+
+    serve.start(proxy_location="Disabled")
+    try:
+        serve.run(app(config), name=app_name, route_prefix=None)
+    except RuntimeError as error:
+        application = serve.status().applications.get(app_name)
+        details = [item.message for item in application.deployments.values()] if application is not None else []
+        reason = (" ".join(details) or str(error)).strip().splitlines()
+        stop_teacher(app_name)
+        raise TeacherUnavailable(f"teacher {config.model} did not start: {' '.join(reason[-3:])[-600:]}") from error
+
+
+def stop_teacher(app_name: str = APP_NAME) -> None:
+    """Removes the teacher's replicas."""
+    from ray import serve
+
+    serve.delete(app_name)

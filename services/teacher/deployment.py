@@ -1,0 +1,88 @@
+"""The teacher on Ray Serve: a thin class around `model.py`, and the builder `app`.
+
+    serve run services.teacher.deployment:app model=<directory> replicas=2
+
+Requests that wait are merged up to a token budget while the previous batch runs; nothing waits for company. A bad
+request is refused before it is merged, so it cannot fail its neighbours. Calls come through handles only: there is no
+HTTP route.
+"""
+
+import asyncio
+import logging
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
+
+from cluster.logs import setup_logging
+from services.teacher.schema import HeadRecord, ScoreReply, ScoreRequest, TeacherDescription, TeacherServiceConfig
+
+logger = logging.getLogger(__name__)
+
+
+def _total_tokens(requests: list[ScoreRequest]) -> int:
+    return sum(request.num_tokens for request in requests)
+
+
+# A replica that dies is noticed by its callers at once and by the controller within a health-check period.
+@serve.deployment(
+    name="Teacher",
+    max_ongoing_requests=32,
+    max_constructor_retry_count=3,
+    health_check_period_s=5,
+    health_check_timeout_s=30,
+    graceful_shutdown_timeout_s=20,
+)
+class Teacher:
+    """One replica: one copy of the teacher."""
+
+    def __init__(self, config: TeacherServiceConfig) -> None:
+        import torch
+
+        from services.teacher.model import TeacherModel
+
+        setup_logging("INFO")
+        torch.set_num_threads(config.threads_per_replica)
+        self._model = TeacherModel(config.model, config.dtype, config.tokenizer, config.max_batch_tokens)
+        self._merged.set_max_batch_size(config.max_batch_tokens)
+        self._merged.set_batch_wait_timeout_s(0.0)
+        logger.info("teacher %s is ready: %s", config.model, self._model.describe())
+
+    async def describe(self) -> TeacherDescription:
+        return self._model.describe()
+
+    async def head(self) -> HeadRecord:
+        return self._model.head()
+
+    async def score(self, request: ScoreRequest) -> ScoreReply:
+        """The signal for one request; `TeacherFailed` if it can never be answered."""
+        self._model.check(request)
+        return await self._merged(request)
+
+    @serve.batch(batch_size_fn=_total_tokens)
+    async def _merged(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+        # In a thread, so that health checks and new requests are heard during the forward pass.
+        return await asyncio.to_thread(self._model.score, requests)
+
+
+def app(config: TeacherServiceConfig) -> Application:
+    """The teacher as a Serve application."""
+    highest = max(config.max_replicas or config.replicas, config.replicas)
+    deployment = Teacher.options(  # type: ignore[attr-defined]  # made by the decorator
+        ray_actor_options={"num_cpus": config.threads_per_replica, "num_gpus": config.num_gpus},
+        **(
+            {"num_replicas": config.replicas}
+            if highest == config.replicas
+            else {
+                "autoscaling_config": AutoscalingConfig(
+                    min_replicas=config.replicas,
+                    initial_replicas=config.replicas,
+                    max_replicas=highest,
+                    target_ongoing_requests=2,
+                    upscale_delay_s=10,
+                    downscale_delay_s=120,
+                )
+            }
+        ),
+    )
+    return deployment.bind(config)

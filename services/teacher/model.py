@@ -1,0 +1,175 @@
+"""The teacher's forward pass: token ids in, signals out. Knows torch, not Ray.
+
+Prefill only: no cache, no decoding. Waiting requests are packed into one grid without padding between sequences; the
+head runs in chunks, only on the positions asked for, and not at all for `hidden`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.errors import TeacherFailed
+from cluster.language_model import choose_dtype, hidden_states, load_causal_lm, pack, split
+from cluster.pretrained import load_tokenizer, locate, model_fingerprint, tokenizer_fingerprint
+from services.teacher.schema import (
+    DenseSignal,
+    HeadRecord,
+    HiddenSignal,
+    ScoreReply,
+    ScoreRequest,
+    Signal,
+    SignalSpec,
+    TeacherDescription,
+    TopkSignal,
+)
+
+_CHUNK_ELEMENTS = 1 << 22
+_DEFAULT_CONTEXT = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Scored hidden states of several requests, and where each request's rows lie."""
+
+    hidden_ND: Tensor
+    starts: list[int]
+
+
+class TeacherModel:
+    """A causal language model that answers what it thinks of given tokens.
+
+    Args:
+        model: anything `cluster.pretrained.locate` takes.
+        dtype: `float32`, `bfloat16`, or `auto`: bfloat16 where the processor multiplies it.
+        tokenizer: where the tokenizer lies, if not beside the weights.
+        max_request_tokens: larger requests are refused.
+    """
+
+    def __init__(
+        self, model: str, dtype: str = "auto", tokenizer: str | None = None, max_request_tokens: int = 1 << 20
+    ) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = choose_dtype(dtype, self.device)
+        directory = locate(model)
+        loaded = load_causal_lm(directory, self.dtype).to(self.device)
+        self._body, self._head = split(loaded)
+        context = getattr(loaded.config, "max_position_embeddings", None)
+        self._description = TeacherDescription(
+            fingerprint=f"{model_fingerprint(Path(directory))}-{str(self.dtype).removeprefix('torch.')}",
+            tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(tokenizer or directory)),
+            vocab_size=self._head.vocab_size,
+            hidden_size=self._head.weight_VD.shape[1],
+            max_sequence_tokens=context or _DEFAULT_CONTEXT,
+            max_request_tokens=max_request_tokens,
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+
+    def describe(self) -> TeacherDescription:
+        return self._description
+
+    def head(self) -> HeadRecord:
+        """The output head, in the dtype in which the teacher uses it."""
+        weight = self._head.weight_VD.detach().cpu()
+        bias = self._head.bias_V
+        return HeadRecord(
+            fingerprint=self._description.fingerprint,
+            weight_VD=weight.view(torch.uint16).numpy() if weight.dtype == torch.bfloat16 else weight.numpy(),
+            bias_V=None if bias is None else bias.detach().float().cpu().numpy(),
+            scale=self._head.scale,
+            soft_cap=self._head.soft_cap,
+        )
+
+    @torch.inference_mode()
+    def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
+        """Answers several requests with one forward pass; none sees another.
+
+        Raises:
+            TeacherFailed: a request that can never be answered; nothing is computed then.
+        """
+        for request in requests:
+            self.check(request)
+        work = self._forward(requests)
+        return [
+            ScoreReply(
+                request.request_id,
+                self._description.fingerprint,
+                request.num_tokens,
+                self._signal(work.hidden_ND[start : start + len(request.positions)], request.spec),
+            )
+            for request, start in zip(requests, work.starts, strict=True)
+        ]
+
+    def check(self, request: ScoreRequest) -> None:
+        """Raises `TeacherFailed` if this request can never be answered."""
+        problem = None
+        lengths, limit = request.sequence_lengths, self._description.max_sequence_tokens
+        if request.num_tokens == 0 or int(lengths.sum()) != request.num_tokens or int(lengths.min()) < 1:
+            problem = (
+                f"{request.num_tokens} tokens do not match {len(lengths)} sequences of {int(lengths.sum())} tokens"
+            )
+        elif request.num_tokens > self._description.max_request_tokens:
+            problem = (
+                f"{request.num_tokens} tokens, at most {self._description.max_request_tokens} are answered at once"
+            )
+        elif int(lengths.max()) > limit:
+            problem = f"a sequence of {int(lengths.max())} tokens, this teacher takes at most {limit}"
+        elif int(request.token_ids.min()) < 0 or int(request.token_ids.max()) >= self._description.vocab_size:
+            problem = f"token ids outside 0..{self._description.vocab_size - 1}"
+        elif request.spec.vocab_size > self._description.vocab_size:
+            problem = f"{request.spec.vocab_size} vocabulary columns, this teacher has {self._description.vocab_size}"
+        elif (
+            len(request.positions)
+            and not 0 <= int(request.positions.min()) <= int(request.positions.max()) < request.num_tokens
+        ):
+            problem = f"positions outside 0..{request.num_tokens - 1}"
+        if problem is not None:
+            raise TeacherFailed(f"request {request.request_id} was refused: {problem}")
+
+    def _forward(self, requests: list[ScoreRequest]) -> _Work:
+        grid = pack(
+            np.concatenate([request.token_ids for request in requests]),
+            np.concatenate([request.sequence_lengths for request in requests]),
+        )
+        hidden_BTD = hidden_states(
+            self._body,
+            torch.from_numpy(grid.token_ids_BT).to(self.device),
+            torch.from_numpy(grid.position_ids_BT).to(self.device),
+        )
+        flat, starts, first_token, first_row = [], [], 0, 0
+        for request in requests:
+            flat.append(grid.index_S[first_token + request.positions])
+            starts.append(first_row)
+            first_token += request.num_tokens
+            first_row += len(request.positions)
+        rows = torch.from_numpy(np.concatenate(flat)).to(self.device)
+        return _Work(hidden_BTD.flatten(0, 1)[rows], starts)
+
+    def _signal(self, hidden_ND: Tensor, spec: SignalSpec) -> Signal:
+        if spec.kind == "hidden":
+            return HiddenSignal(hidden_ND.to(torch.bfloat16).cpu().view(torch.uint16).numpy())
+        chunk = max(1, _CHUNK_ELEMENTS // spec.vocab_size)
+        if spec.kind == "dense":
+            return DenseSignal(
+                torch.cat([self._logprobs(part, spec).half() for part in hidden_ND.split(chunk)]).cpu().numpy()
+            )
+        parts = [self._topk(part_nD, spec) for part_nD in hidden_ND.split(chunk)]
+        ids, logprobs, tails = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+        return TopkSignal(ids, logprobs, tails, spec.temperatures)
+
+    def _logprobs(self, hidden_nD: Tensor, spec: SignalSpec) -> Tensor:
+        return torch.log_softmax(self._head.logits(hidden_nD)[:, : spec.vocab_size], -1)
+
+    def _topk(self, hidden_nD: Tensor, spec: SignalSpec) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids [n, K] (int32), log-probabilities [n, K] (float16) and tail log-mass [n, M] (float32) of a chunk."""
+        logprobs_nC = self._logprobs(hidden_nD, spec)
+        kept = logprobs_nC.topk(min(spec.top_k, spec.vocab_size), dim=-1)
+        rest_nC = logprobs_nC.scatter(-1, kept.indices, float("-inf"))
+        tails = []
+        for temperature in spec.temperatures:
+            # As a logsumexp over the rest itself: 1 - (kept mass) would lose the small tails to cancellation.
+            tail_n = (rest_nC / temperature).logsumexp(-1)
+            tails.append(tail_n - (logprobs_nC / temperature).logsumexp(-1))
+        return kept.indices.int(), kept.values.half(), torch.stack(tails, -1)
