@@ -94,6 +94,8 @@ class LocalStorage(Storage):
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         found = []
+        if not self.root.is_dir():
+            return []
         base = self.root / prefix if (self.root / prefix).is_dir() else (self.root / prefix).parent
         for path in base.rglob("*"):
             key = path.relative_to(self.root).as_posix()
@@ -128,6 +130,10 @@ class LocalStorage(Storage):
         else:
             for item in self.list(prefix):
                 self._path(item.key).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # ends at the first directory that still holds something
+            for parent in (path.parent, *path.parent.parents):
+                if parent.is_relative_to(self.root):
+                    parent.rmdir()
 
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()

@@ -3,10 +3,8 @@
 A damaged file stops the job with its name and place; nothing is skipped silently.
 """
 
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import IO, cast
 
 import pyarrow
 import pyarrow.parquet as pq
-import zstandard
 
 from cluster.errors import CorpusError
 from cluster.storage import LocalStorage, ObjectInfo, Storage, open_storage, split_uri
@@ -81,7 +78,7 @@ def read_texts(source: Source, text_column: str) -> Iterator[str]:
         raise CorpusError(f"source {source.uri}: it is gone; run prepare again") from None
     except UnicodeDecodeError as error:
         raise CorpusError(f"source {source.uri}: not UTF-8 (byte {error.start}); convert it or leave it out") from error
-    except (EOFError, OSError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
+    except (EOFError, OSError, pyarrow.ArrowException) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CorpusError(f"source {source.uri}: cannot be read to its end ({reason}); replace or remove it") from error
 
@@ -94,11 +91,8 @@ def _open(source: Source) -> IO[bytes]:
 
 def _jsonl(source: Source, text_column: str) -> Iterator[str]:
     with _open(source) as raw:
-        stream: IO[bytes] = raw
-        if source.info.key.endswith(".gz"):
-            stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-        elif source.info.key.endswith(".zst"):
-            stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(source.info.key).suffix)
+        stream = cast(IO[bytes], pyarrow.CompressedInputStream(raw, compression)) if compression else raw
         for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
             if not line.strip():
                 continue
@@ -116,8 +110,6 @@ def _jsonl(source: Source, text_column: str) -> Iterator[str]:
                     f"(found: {keys}); set data.text_column"
                 )
             yield text
-        if source.info.key.endswith(".zst") and raw.tell() < source.info.size_bytes:
-            raise EOFError("data behind the last frame")
 
 
 def _parquet(source: Source, text_column: str) -> Iterator[str]:

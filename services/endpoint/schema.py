@@ -1,8 +1,20 @@
-"""Configuration and wire records of the OpenAI-style endpoint. Imports neither torch nor ray."""
+"""Configuration and wire records of the OpenAI-style endpoint. Imports neither torch nor ray.
 
-from pydantic import Field
+Requests are strict (`true` is not a number) and name what is supported. Parameters that would change the answer and are
+not supported are refused unless they have their neutral value; keys nobody knows are ignored and logged.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from cluster.config import Config, execution
+from services.endpoint.errors import invalid
+
+MAX_TOP_LOGPROBS = 20
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+FinishReason = Literal["stop", "length"]
 
 
 class EndpointConfig(Config):
@@ -16,3 +28,301 @@ class EndpointConfig(Config):
     """Prompt and answer together; the model's own limit counts too."""
     max_new_tokens: int = Field(256, ge=1)
     """Default and upper bound of an answer's length."""
+    max_choices: int = Field(64, ge=1)
+    """Upper bound of prompts times `n` in one request."""
+    max_running: int = execution(2, ge=1)
+    """Requests that a replica decodes at the same time."""
+    max_waiting: int = execution(32, ge=0)
+    """Requests that may wait in a replica; one more is answered 503 with Retry-After."""
+    max_body_bytes: int = execution(1 << 20, ge=1024)
+    """Larger request bodies are answered 413."""
+
+
+class EndpointArguments(EndpointConfig):
+    """What the application is built from: `serve run services.endpoint.deployment:app model_name=... database=...`."""
+
+    model_name: str = Field(min_length=1)
+    """The registered model whose champion is served."""
+    database: str = Field(min_length=1)
+    """SQLAlchemy URL of the database that holds the champion's row."""
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to answer one prompt."""
+
+    max_new_tokens: int | None = None
+    """None: as many as the endpoint's config and the context allow."""
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    num_choices: int = 1
+    top_logprobs: int | None = None
+    """None: no log-probabilities; k: those of the chosen token and of the k most likely ones."""
+    echo: bool = False
+    """Repeat the prompt in front of the answer, with its log-probabilities if those are asked for."""
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+
+
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Seed | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _check_common(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options is only allowed when stream is true", "stream_options")
+        for name, neutral in _UNSUPPORTED.items():
+            value = (self.model_extra or {}).get(name)
+            if value is not None and value not in neutral:
+                raise invalid(f"{name} is not supported by this endpoint; leave it out", name, "unsupported_parameter")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def unknown_keys(self) -> list[str]:
+        """Keys of the body that are ignored, apart from those that OpenAI's clients send and that change nothing."""
+        return sorted((self.model_extra or {}).keys() - _UNSUPPORTED.keys() - _TOLERATED)
+
+    def _sampling(self, **fields: Any) -> Sampling:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=self.seed,
+            stop=stop,
+            num_choices=self.n or 1,
+            **fields,
+        )
+
+
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "web_search_options": (),
+}
+"""Parameters of OpenAI's interface that are refused, with the values that ask for nothing."""
+
+_TOLERATED = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "parallel_tool_calls",
+    "safety_identifier",
+    "prompt_cache_key",
+}
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+
+
+class CompletionRequest(_Request):
+    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one, each a text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+    def sampling(self) -> Sampling:
+        return self._sampling(max_new_tokens=self.max_tokens, top_logprobs=self.logprobs, echo=bool(self.echo))
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    role: Role
+    content: str | list[TextPart] | None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _not_null(cls, content: Any, info: Any) -> Any:
+        if content is None and info.data.get("role") != "assistant":
+            raise ValueError("null is only allowed for role assistant")
+        return content
+
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class ChatRequest(_Request):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
+    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+    enable_thinking: bool | None = None
+    """The same as `chat_template_kwargs: {"enable_thinking": ...}`."""
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs is only allowed when logprobs is true", "top_logprobs")
+        return self
+
+    def template_arguments(self) -> dict[str, Any]:
+        """Variables for the chat template, over and above the messages."""
+        arguments: dict[str, Any] = dict(self.chat_template_kwargs or {})
+        if self.enable_thinking is not None:
+            arguments["enable_thinking"] = self.enable_thinking
+        return arguments
+
+    def sampling(self) -> Sampling:
+        return self._sampling(
+            max_new_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
+            top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+
+# --- responses --------------------------------------------------------------------------------------------------------
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    """Sampled tokens, the end-of-text token and those of a stop text included."""
+    total_tokens: int
+
+
+class CompletionLogprobs(BaseModel):
+    """Parallel lists, one entry per token; the first token of an echoed prompt has no log-probability."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Completion(BaseModel):
+    """A whole completion, or one chunk of a streamed one."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatTokenLogprob]
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: dict[str, str]
+    """`role` and empty `content` first, then `content`, at last nothing."""
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(BaseModel):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    """Sent, possibly as null, only if `stream_options.include_usage` is set."""
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "raystill"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]

@@ -1,0 +1,23 @@
+"""Fixtures shared by all tests. Nothing here starts a process that a test did not ask for."""
+
+import os
+import sys
+
+# A local Ray asks for a token; set before anything imports ray, so that every machine tests the same.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+for _name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYSTILL_DATABASE_URL", "AWS_ENDPOINT_URL"):
+    os.environ.pop(_name, None)
+
+import pytest
+
+from cluster.resources import process_environment
+
+os.environ.update({key: os.environ.get(key, value) for key, value in process_environment().items()})
+
+
+@pytest.fixture(scope="session")
+def command() -> list[str]:
+    """How to call raystill as a user would, in a process of its own."""
+    return [sys.executable, "-m", "jobs"]

@@ -1,0 +1,72 @@
+"""Random, tiny versions for the tests of the endpoint: a Llama with a byte-level tokenizer, published and crowned."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cluster import champions
+from cluster.storage import manifest_sha256, open_storage, publish_directory
+
+NUM_PADDING = 40
+"""Rows of the embedding behind the tokenizer's last id."""
+
+
+def byte_level_tokenizer() -> Any:
+    """All 256 bytes, a few merges, `<s>` and `</s>`; characters outside ASCII span several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the hat"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def tiny_llama(tokenizer: Any, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + NUM_PADDING,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def save_version(directory: Path, seed: int = 0) -> LlamaForCausalLM:
+    """Model and tokenizer files, without a manifest."""
+    tokenizer = byte_level_tokenizer()
+    model = tiny_llama(tokenizer, seed)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return model
+
+
+def publish_version(directory: Path, root: Path, version: str, seed: int) -> tuple[str, str]:
+    """Publishes a fresh version below `root`; returns its URI and the hash of its manifest."""
+    save_version(directory, seed)
+    storage = open_storage(str(root))
+    manifest = publish_directory(directory, storage, f"versions/{version}", scheme="float")
+    return f"{storage.uri}/versions/{version}", manifest_sha256(manifest)
+
+
+def crown_version(database: str, model_name: str, version: str, uri: str, manifest_hash: str) -> champions.Champion:
+    engine = champions.open_database(database)
+    try:
+        seen = champions.current_champion(engine, model_name)
+        return champions.crown(engine, model_name, version, uri, manifest_hash, seen)
+    finally:
+        engine.dispose()
