@@ -7,11 +7,12 @@ what was found and the nearest key that exists. Imports neither torch nor ray, s
 import difflib
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from cluster.errors import ConfigError
 
@@ -19,7 +20,16 @@ from cluster.errors import ConfigError
 class Config(BaseModel):
     """Base of every config model. Derive a changed one with `replace`, which validates again."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not _mentions(cls.model_fields[str(info.field_name)].annotation, bool):
+            raise ValueError(f"found {_shown(value)}, which is neither a number nor a text; write the value itself")
+        return value
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
@@ -64,7 +74,7 @@ def load(model: type[C], path: str | Path, overrides: list[str] | None = None) -
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config {path}: no such file; shipped ones are in jobs/configs/") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -81,11 +91,15 @@ def load(model: type[C], path: str | Path, overrides: list[str] | None = None) -
 
 
 def validate(model: type[C], raw: dict[str, Any], source: str) -> C:
-    """Validates a mapping into `model`, turning pydantic's report into one line per mistake."""
+    """Validates a mapping into `model`, turning pydantic's report into one line that lists the mistakes."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(model, raw, item) for item in error.errors()]
+        places: dict[str, list[Any]] = {}
+        for item in error.errors():
+            location = _location(raw, item)
+            places.setdefault(".".join(map(str, location)), []).append({**item, "loc": location})
+        lines = [_explain(model, where, items) for where, items in places.items()]
         raise ConfigError(f"config {source}: " + "; ".join(lines)) from None
 
 
@@ -99,7 +113,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected key.path=value, for example train.steps=20")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = _read_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
     *parents, last = key.split(".")
@@ -116,9 +130,45 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _explain(model: type[BaseModel], raw: dict[str, Any], item: Any) -> str:
-    location = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    where = ".".join(str(part) for part in location) or "(top)"
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `3e-3` is a number, and a key that is given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:str" and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else "")
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a dot and a sign: without this, a value that may also be a text would stay the text "3e-3".
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a SafeLoader
+
+
+def _location(raw: Any, item: Any) -> list[Any]:
+    """Where a mistake is in `raw`, without what pydantic adds: names of validators and of a union's alternatives."""
+    location: list[Any] = []
+    here = raw
+    for part in item["loc"]:
+        try:
+            here = here[part]
+        except (KeyError, IndexError, TypeError):
+            break
+        location.append(part)
+    return [*location, item["loc"][-1]] if item["type"] == "missing" else location
+
+
+def _explain(model: type[BaseModel], where: str, items: list[Any]) -> str:
+    """One mistake as a line; several items are the alternatives of a union, none of which fits."""
+    item = items[0]
+    location, found = item["loc"], item.get("input")
     if item["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
@@ -128,24 +178,34 @@ def _explain(model: type[BaseModel], raw: dict[str, Any], item: Any) -> str:
         return f"unknown key {where}: {hint}"
     if item["type"] == "missing":
         return f"{where} is missing; set it"
-    message = item["msg"].removeprefix("Value error, ")
-    found = item.get("input")
-    if item["type"] == "value_error" or isinstance(found, dict):
-        return message if where == "(top)" else f"{where}: {message}"
-    return f"{where}: found {found!r}; {message[0].lower()}{message[1:]}"
+    message = " or ".join(dict.fromkeys(item["msg"].removeprefix("Value error, ") for item in items))
+    if item["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    message = message.replace(" or Input should be ", " or ")
+    return f"{where or '(top)'}: found {_shown(found)}; {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML would have it, cut to what fits in a message."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:
-    """Names of the fields of the model at a location, following nested and optional models."""
+    """Keys of the model at a location, following nested and optional models."""
     current: Any = model
     for part in location:
-        field = getattr(current, "model_fields", {}).get(part)
-        if field is None:
-            continue
-        current = _model_in(field.annotation)
+        fields = {field.alias or name: field for name, field in current.model_fields.items()}
+        field = fields.get(part) or current.model_fields.get(part)
+        current = _model_in(field.annotation) if field is not None else current  # else an index into a list
         if current is None:
             return []
-    return sorted(current.model_fields)
+    return sorted(field.alias or name for name, field in current.model_fields.items())
+
+
+def _mentions(annotation: Any, wanted: type) -> bool:
+    """Whether a type, or a part of a union, is `wanted` or anything at all."""
+    return annotation in (wanted, Any) or any(_mentions(part, wanted) for part in getattr(annotation, "__args__", ()))
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -53,6 +53,8 @@ def connect(config: ClusterConfig) -> Iterator[Connection]:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
+    for name in ("ray", "ray.serve", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if ray.is_initialized():
         # Somebody else's connection (a notebook, a test session, an outer job): use it, leave it.
         yield Connection(False, ray.cluster_resources().get("CPU", 0), None)

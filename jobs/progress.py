@@ -67,11 +67,11 @@ class ConsoleBar:
         self._total: int | None = None
         self._done = 0
         self._note = ""
-        self._started = time.monotonic()
+        self._counted_from: tuple[int, float] | None = None
         self._said = 0.0
 
     def start(self, total: int | None, note: str = "") -> None:
-        self._total, self._done, self._started = total, 0, time.monotonic()
+        self._total, self._done, self._counted_from = total, 0, None
         self._owner._progress.reset(self._task, total=total, note=note)
         self.update(0, note)
 
@@ -80,6 +80,8 @@ class ConsoleBar:
         self._note = self._note if note is None else note
         self._owner._progress.update(self._task, completed=self._done, note=self._note)
         now = time.monotonic()
+        if self._done and self._counted_from is None:
+            self._counted_from = (self._done, now)  # what came before the first step is no measure of a step
         if not self._owner._live and now - self._said >= self._LINE_EVERY_S:
             self._said = now
             self._owner.say(self._line())
@@ -103,9 +105,9 @@ class ConsoleBar:
     def _line(self) -> str:
         of = f"/{self._total}" if self._total else ""
         left = ""
-        if self._total and self._done:
-            elapsed = time.monotonic() - self._started
-            left = f"  {elapsed / self._done * (self._total - self._done):.0f} s left"
+        if self._total and self._counted_from and self._done > self._counted_from[0]:
+            first, since = self._counted_from
+            left = f"  {(time.monotonic() - since) / (self._done - first) * (self._total - self._done):.0f} s left"
         return f"{self._name:<10} {self._done}{of}{left}  {self._note}"
 
 

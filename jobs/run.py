@@ -21,6 +21,7 @@ from jobs.ledger import SUMMARY, Ledger, StageRecord
 from jobs.preflight import check_cluster, check_config
 from jobs.progress import ConsoleProgress
 from jobs.stages import ALL_STAGES, Run, Stage
+from services.endpoint.client import check_port_free, start_serve
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +50,8 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
             f"stage {todo[0].name} needs {stages[0].name}, which is not done for this config in {storage.uri}: "
             f"`raystill {command}` comes first, or use `raystill run`"
         )
-    if any(stage.name == "serve" for stage in todo):
-        from services.endpoint.client import check_port_free
-
+    answers = any(stage.name == "serve" for stage in todo)
+    if answers:
         check_port_free(config.serve.host, config.serve.port)
     with contextlib.ExitStack() as stack:
         stack.enter_context(progress)
@@ -61,6 +61,8 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
             if stage.needs_cluster and this.connection is None:
                 this.connection = stack.enter_context(connect(config.cluster))
                 check_cluster(config, this.connection)
+                if answers:  # Serve has one address, fixed when it starts: before the teachers, which need none
+                    start_serve(config.serve.host, config.serve.port)
             if stage.name != "prepare" and this.tracker is None:
                 this.tracker = stack.enter_context(_tracking(this))
             _do(this, ledger, stage, progress)

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests. Nothing here starts a process that a test did not ask for."""
 
+# ruff: noqa: E402 - the environment comes before the imports that read it
 import os
 import sys
 

