@@ -52,48 +52,72 @@ def load_causal_lm(model: str, dtype: torch.dtype = torch.float32, gguf_file: st
     Raises:
         ModelError: no config, no weights, or not a causal language model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     found = check_model(model, gguf_file)
     extra = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(found, dtype=dtype, **extra)
-    except (OSError, ValueError, KeyError) as error:
+        loaded, report = AutoModelForCausalLM.from_pretrained(found, dtype=dtype, output_loading_info=True, **extra)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model {model}: cannot be loaded as a causal language model ({_first_line(error)})"
         ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers would go on with random values in their place.
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(f"model {model}: {type(loaded).__name__} needs weights that are not there: {shown}")
     return loaded.eval()
 
 
 def split(model: Any) -> tuple[nn.Module, OutputHead]:
-    """Body and head of a causal language model, checked against the model's own logits on a few tokens.
+    """Body and head of a causal language model, checked on a few tokens: against the model's own logits, and that
+    packed sequences and later tokens are not seen.
 
     Raises:
-        ModelError: the model does something else to its logits, so the split would be silently wrong.
+        ModelError: the model does something else, so the split or the packing would be silently wrong.
     """
     body = model.base_model
     head = output_head(model)
-    device = head.weight_VD.device
-    probe = torch.arange(1, 9, device=device)[None] % head.vocab_size
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        expected = model(input_ids=probe, use_cache=False).logits[0].float()
-        found = head.logits(hidden_states(body, probe, torch.arange(8, device=device)[None])[0])
-    model.train(was_training)
-    # The same products in the same dtype: differences come from rounding only.
-    spread = expected.abs().max().clamp_min(1e-6)
-    tolerance = 1e-4 if head.weight_VD.dtype == torch.float32 else 3e-2
-    if (
-        found.shape != expected.shape
-        or not torch.isfinite(expected).all()
-        or (found - expected).abs().max() > tolerance * spread
-    ):
-        raise ModelError(
-            f"model family {type(model).__name__} computes its logits in a way that raystill does not know "
-            "(neither plain, scaled nor soft-capped, or not finite): use signal=dense with another family, or report it"
-        )
+    try:
+        with torch.no_grad():
+            problem = _difference(model, body, head)
+    except (TypeError, RuntimeError, IndexError) as error:
+        problem = f"cannot be run on packed sequences ({_first_line(error)})"
+    finally:
+        model.train(was_training)
+    if problem is not None:
+        raise ModelError(f"model family {type(model).__name__} {problem}: use a model of another family, or report it")
     return body, head
+
+
+def _difference(model: Any, body: nn.Module, head: OutputHead) -> str | None:
+    """What a model does differently from a body and a head over packed sequences, if anything."""
+    device = head.weight_VD.device
+    probe_T = torch.arange(1, 9, device=device) % head.vocab_size
+    positions_T = torch.arange(8, device=device)
+    # The same products in the same dtype: differences come from rounding only.
+    tolerance = 1e-4 if head.weight_VD.dtype == torch.float32 else 3e-2
+
+    def differ(found: Tensor, expected: Tensor) -> bool:
+        spread = expected.abs().max().clamp_min(1e-6)
+        return found.shape != expected.shape or bool((found - expected).abs().max() > tolerance * spread)
+
+    logits_TV = model(input_ids=probe_T[None], use_cache=False).logits[0].float()
+    if not torch.isfinite(logits_TV).all():
+        return "gives logits that are not finite"
+    if differ(head.logits(hidden_states(body, probe_T[None], positions_T[None])[0]), logits_TV):
+        return "computes its logits in a way that raystill does not know (neither plain, scaled nor soft-capped)"
+    # Two sequences of four tokens; in the second row the first one and the very last token are others.
+    other_T = torch.cat([probe_T[:4].flip(0), probe_T[4:7], probe_T[:1]])
+    packed_2TD = hidden_states(body, torch.stack([probe_T, other_T]), (positions_T % 4).expand(2, 8)).float()
+    alone_TD = hidden_states(body, probe_T[None, 4:], positions_T[None, :4])[0].float()
+    if differ(packed_2TD[0, 4:], alone_TD) or differ(packed_2TD[1, 4:7], packed_2TD[0, 4:7]):
+        return "lets a token see later ones, or other sequences in the same row"
+    return None
 
 
 def output_head(model: Any) -> OutputHead:
@@ -140,6 +164,7 @@ def pack(token_ids_S: np.ndarray, sequence_lengths: np.ndarray, width: int | Non
 
     Filling tokens have id 0 and positions of their own, so that no sequence sees them.
     """
+    sequence_lengths = sequence_lengths.astype(np.int64)
     longest = int(sequence_lengths.max())
     width = max(longest, width or -(-longest // 64) * 64)
     starts, row, column = [], 0, 0

@@ -5,6 +5,7 @@ Scoring is a pure function, so a request may always be asked again. The client d
 ahead is bounded by the bytes of the answers (`jobs.training.prefetch`), and takes them in the order of the questions.
 """
 
+import contextlib
 import logging
 import os
 import random
@@ -62,16 +63,25 @@ class TeacherClient:
 
     def __init__(self, app_name: str = APP_NAME, attempt_timeout_s: float = 60.0, deadline_s: float = 600.0) -> None:
         from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
 
         for variable in ("RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_USE_GRPC_BY_DEFAULT"):
             if os.environ.get(variable, "0") not in ("", "0"):
                 # These move large answers from shared memory to gRPC with a 4 MiB limit.
                 raise TeacherUnavailable(f"{variable} is set in a process that asks a teacher: unset it there")
-        self._handle = serve.get_deployment_handle("Teacher", app_name=app_name).options(_by_reference=True)
+        try:
+            handle = serve.get_deployment_handle("Teacher", app_name=app_name)
+        except (RayError, RayServeException, KeyError) as error:
+            raise TeacherUnavailable(
+                f"teacher {app_name!r}: no such application on this Ray: start it first"
+            ) from error
+        self._handle = handle.options(_by_reference=True)
         self._app_name = app_name
         self._attempt_timeout_s, self._deadline_s = attempt_timeout_s, deadline_s
         self._threads = ThreadPoolExecutor(_MAX_CALLS_AT_ONCE, thread_name_prefix="teacher-call")
         self._lock = threading.Lock()
+        self._closed = threading.Event()
         self._fingerprint: str | None = None
         self.counters = ClientCounters()
 
@@ -106,26 +116,14 @@ class TeacherClient:
         return self._threads.submit(self.score, request)
 
     def close(self) -> None:
+        """Gives up what is still asked: no further attempts are made."""
+        self._closed.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-        from ray.serve.exceptions import (
-            BackPressureError,
-            DeploymentUnavailableError,
-            ReplicaUnavailableError,
-            RequestCancelledError,
-        )
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
 
-        retried = (
-            RayActorError,  # the replica died or cannot be reached
-            ReplicaUnavailableError,
-            DeploymentUnavailableError,
-            BackPressureError,
-            RequestCancelledError,
-            GetTimeoutError,
-            TimeoutError,
-        )
         end = time.monotonic() + self._deadline_s
         attempt = 0
         while True:
@@ -136,23 +134,61 @@ class TeacherClient:
             try:
                 response = getattr(self._handle, method).remote(*arguments)
                 return response.result(timeout_s=max(0.01, min(self._attempt_timeout_s, end - time.monotonic())))
-            except retried as error:
+            except (RayError, RayServeException, TimeoutError) as error:
+                self._check_worth_retrying(method, error)
                 if response is not None and isinstance(error, TimeoutError):
-                    response.cancel()
+                    with contextlib.suppress(Exception):  # it may have failed in the meantime
+                        response.cancel()
                 attempt += 1
                 pause = min(2.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0)
-                if time.monotonic() + pause >= end:
+                if time.monotonic() + pause >= end or self._closed.wait(pause):
+                    reason = "given up, the client was closed" if self._closed.is_set() else "unanswered"
                     raise TeacherUnavailable(
-                        f"teacher {self._app_name!r}: {method} unanswered after {self._deadline_s:g} s and {attempt} "
+                        f"teacher {self._app_name!r}: {method} {reason} after {self._deadline_s:g} s and {attempt} "
                         f"attempts (last: {type(error).__name__}); see the replicas' logs, or raise teacher.deadline_s"
                     ) from error
                 logger.warning(
                     "teacher %s: attempt %d failed (%s), asking again", method, attempt, type(error).__name__
                 )
-                time.sleep(pause)
-            except RayTaskError as error:
-                cause = error.cause if isinstance(error.cause, Exception) else error
-                raise TeacherFailed(f"teacher {self._app_name!r}: {type(cause).__name__}: {cause}") from error
+
+    def _check_worth_retrying(self, method: str, error: Exception) -> None:
+        """Returns if another attempt may help; raises the final error if not."""
+        from ray.exceptions import (
+            NodeDiedError,
+            ObjectLostError,
+            OutOfMemoryError,
+            RayActorError,
+            RayTaskError,
+            WorkerCrashedError,
+        )
+        from ray.serve.exceptions import (
+            BackPressureError,
+            DeploymentUnavailableError,
+            ReplicaUnavailableError,
+            RequestCancelledError,
+        )
+
+        # First, since Ray makes an error that a replica raised an instance of its own class too, TimeoutError included.
+        if isinstance(error, RayTaskError):
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            raise TeacherFailed(f"teacher {self._app_name!r}: {type(cause).__name__}: {cause}") from error
+        retried = (
+            RayActorError,  # the replica died or cannot be reached
+            NodeDiedError,
+            WorkerCrashedError,
+            OutOfMemoryError,  # Ray ended the replica because its node ran out of memory
+            ObjectLostError,  # the answer was lost with its node
+            ReplicaUnavailableError,
+            DeploymentUnavailableError,
+            BackPressureError,
+            RequestCancelledError,
+            TimeoutError,
+        )
+        if not isinstance(error, retried):
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise TeacherUnavailable(
+                f"teacher {self._app_name!r}: {method} could not be asked: {type(error).__name__}: {first}"
+            ) from error
 
 
 def start_teacher(config: TeacherServiceConfig, app_name: str = APP_NAME) -> None:

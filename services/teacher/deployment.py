@@ -3,11 +3,10 @@
     serve run services.teacher.deployment:app model=<directory> replicas=2
 
 Requests that wait are merged up to a token budget while the previous batch runs; nothing waits for company. A bad
-request is refused before it is merged, so it cannot fail its neighbours. Calls come through handles only: there is no
-HTTP route.
+request is refused before it is merged, and when a batch fails its requests run alone: none fails its neighbours.
+Calls come through handles only: there is no HTTP route.
 """
 
-import asyncio
 import logging
 
 from ray import serve
@@ -15,13 +14,10 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
 from cluster.logs import setup_logging
+from services.teacher.merging import Merger
 from services.teacher.schema import HeadRecord, ScoreReply, ScoreRequest, TeacherDescription, TeacherServiceConfig
 
 logger = logging.getLogger(__name__)
-
-
-def _total_tokens(requests: list[ScoreRequest]) -> int:
-    return sum(request.num_tokens for request in requests)
 
 
 # A replica that dies is noticed by its callers at once and by the controller within a health-check period.
@@ -44,8 +40,7 @@ class Teacher:
         setup_logging("INFO")
         torch.set_num_threads(config.threads_per_replica)
         self._model = TeacherModel(config.model, config.dtype, config.tokenizer, config.max_batch_tokens)
-        self._merged.set_max_batch_size(config.max_batch_tokens)
-        self._merged.set_batch_wait_timeout_s(0.0)
+        self._merger = Merger(self._model.score, config.max_batch_tokens)
         logger.info("teacher %s is ready: %s", config.model, self._model.describe())
 
     async def describe(self) -> TeacherDescription:
@@ -57,12 +52,7 @@ class Teacher:
     async def score(self, request: ScoreRequest) -> ScoreReply:
         """The signal for one request; `TeacherFailed` if it can never be answered."""
         self._model.check(request)
-        return await self._merged(request)
-
-    @serve.batch(batch_size_fn=_total_tokens)
-    async def _merged(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
-        # In a thread, so that health checks and new requests are heard during the forward pass.
-        return await asyncio.to_thread(self._model.score, requests)
+        return await self._merger.reply(request)
 
 
 def app(config: TeacherServiceConfig) -> Application:

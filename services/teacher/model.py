@@ -6,6 +6,7 @@ head runs in chunks, only on the positions asked for, and not at all for `hidden
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from services.teacher.schema import (
     ScoreReply,
     ScoreRequest,
     Signal,
+    SignalKind,
     SignalSpec,
     TeacherDescription,
     TopkSignal,
@@ -104,29 +106,37 @@ class TeacherModel:
 
     def check(self, request: ScoreRequest) -> None:
         """Raises `TeacherFailed` if this request can never be answered."""
-        problem = None
-        lengths, limit = request.sequence_lengths, self._description.max_sequence_tokens
-        if request.num_tokens == 0 or int(lengths.sum()) != request.num_tokens or int(lengths.min()) < 1:
-            problem = (
-                f"{request.num_tokens} tokens do not match {len(lengths)} sequences of {int(lengths.sum())} tokens"
-            )
-        elif request.num_tokens > self._description.max_request_tokens:
-            problem = (
-                f"{request.num_tokens} tokens, at most {self._description.max_request_tokens} are answered at once"
-            )
-        elif int(lengths.max()) > limit:
-            problem = f"a sequence of {int(lengths.max())} tokens, this teacher takes at most {limit}"
-        elif int(request.token_ids.min()) < 0 or int(request.token_ids.max()) >= self._description.vocab_size:
-            problem = f"token ids outside 0..{self._description.vocab_size - 1}"
-        elif request.spec.vocab_size > self._description.vocab_size:
-            problem = f"{request.spec.vocab_size} vocabulary columns, this teacher has {self._description.vocab_size}"
-        elif (
-            len(request.positions)
-            and not 0 <= int(request.positions.min()) <= int(request.positions.max()) < request.num_tokens
-        ):
-            problem = f"positions outside 0..{request.num_tokens - 1}"
+        problem = self._problem(request)
         if problem is not None:
             raise TeacherFailed(f"request {request.request_id} was refused: {problem}")
+
+    def _problem(self, request: ScoreRequest) -> str | None:
+        tokens, lengths, positions = request.token_ids, request.sequence_lengths, request.positions
+        spec, teacher = request.spec, self._description
+        for name, array in (("token_ids", tokens), ("sequence_lengths", lengths), ("positions", positions)):
+            if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+                return f"{name} must be integers in one row, found {array.dtype} of shape {array.shape}"
+        total = int(lengths.sum(dtype=np.int64))
+        if len(tokens) == 0 or total != len(tokens) or int(lengths.min()) < 1:
+            return f"{len(tokens)} tokens do not match {len(lengths)} sequences of {total} tokens"
+        if len(tokens) > teacher.max_request_tokens:
+            return f"{len(tokens)} tokens, at most {teacher.max_request_tokens} are answered at once"
+        if int(lengths.max()) > teacher.max_sequence_tokens:
+            return (
+                f"a sequence of {int(lengths.max())} tokens, this teacher takes at most {teacher.max_sequence_tokens}"
+            )
+        if int(tokens.min()) < 0 or int(tokens.max()) >= teacher.vocab_size:
+            return f"token ids outside 0..{teacher.vocab_size - 1}"
+        if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < len(tokens):
+            return f"positions outside 0..{len(tokens) - 1}"
+        if spec.kind not in get_args(SignalKind):
+            return f"signal {spec.kind!r} is not known here; known: {', '.join(get_args(SignalKind))}"
+        if not 1 <= spec.vocab_size <= teacher.vocab_size:
+            return f"{spec.vocab_size} vocabulary columns, this teacher has {teacher.vocab_size}"
+        temperatures = spec.temperatures
+        if spec.kind == "topk" and not (spec.top_k > 0 and temperatures and all(0 < t < np.inf for t in temperatures)):
+            return f"top_k={spec.top_k} at temperatures {temperatures}: at least one of each, all positive"
+        return None
 
     def _forward(self, requests: list[ScoreRequest]) -> _Work:
         grid = pack(

@@ -25,7 +25,8 @@ class TeacherServiceConfig(Config):
     """Directory, s3:// URI, package://NAME, models:/NAME@ALIAS or hub id; it holds safetensors."""
     tokenizer: str | None = None
     """Where the tokenizer lies, if not beside the weights."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` is bfloat16 where the processor multiplies it; name one if the replicas' processors differ."""
     replicas: int = execution(1, ge=1)
     max_replicas: int | None = execution(None, ge=1)
     """Autoscale on waiting requests up to this many; default: no more than `replicas`."""
@@ -96,6 +97,9 @@ class HiddenSignal:
     def rows(self, start: int, stop: int) -> "HiddenSignal":
         return HiddenSignal(self.hidden_ND[start:stop])
 
+    def answers(self, spec: SignalSpec) -> bool:
+        return spec.kind == "hidden"
+
     def is_finite(self) -> bool:
         return not bool(((self.hidden_ND & 0x7F80) == 0x7F80).any())  # exponent all ones: infinity or NaN
 
@@ -121,8 +125,17 @@ class TopkSignal:
             self.ids_NK[start:stop], self.logprobs_NK[start:stop], self.tail_logmass_NM[start:stop], self.temperatures
         )
 
+    def answers(self, spec: SignalSpec) -> bool:
+        columns = min(spec.top_k, spec.vocab_size)
+        shapes = (self.ids_NK.shape[1], self.logprobs_NK.shape[1], self.tail_logmass_NM.shape[1])
+        return (
+            spec.kind == "topk"
+            and shapes == (columns, columns, len(spec.temperatures))
+            and self.temperatures == spec.temperatures
+        )
+
     def is_finite(self) -> bool:
-        return not bool(np.isnan(self.logprobs_NK).any() or np.isnan(self.tail_logmass_NM).any())
+        return _finite_at_best(self.logprobs_NK) and bool((self.tail_logmass_NM < np.inf).all())
 
 
 @dataclass(frozen=True)
@@ -138,8 +151,16 @@ class DenseSignal:
     def rows(self, start: int, stop: int) -> "DenseSignal":
         return DenseSignal(self.logprobs_NC[start:stop])
 
+    def answers(self, spec: SignalSpec) -> bool:
+        return spec.kind == "dense" and self.logprobs_NC.shape[1] == spec.vocab_size
+
     def is_finite(self) -> bool:
-        return not bool(np.isnan(self.logprobs_NC).any())
+        return _finite_at_best(self.logprobs_NC)
+
+
+def _finite_at_best(logprobs: np.ndarray) -> bool:
+    """Whether no value is NaN or +inf and no row is all -inf; some -inf are tokens that the teacher rules out."""
+    return bool(np.isfinite(logprobs.max(-1)).all())
 
 
 Signal = HiddenSignal | TopkSignal | DenseSignal
@@ -204,6 +225,8 @@ def check_reply(request: ScoreRequest, reply: ScoreReply, fingerprint: str | Non
             f"has {len(reply.signal)} rows for {reply.num_tokens} tokens, "
             f"expected {len(request.positions)} rows for {request.num_tokens} tokens"
         )
+    if not reply.signal.answers(request.spec):
+        return f"is a {type(reply.signal).__name__} of another kind or width than asked for: {request.spec}"
     if not reply.signal.is_finite():
         return "holds values that are not finite"
     return None

@@ -1,0 +1,67 @@
+"""Joining requests that wait into batches, on one event loop.
+
+While a batch runs, later requests queue; the next batch takes as many of them as fit, in order. Nothing waits for
+company. (`serve.batch` forms its batches before the previous one has ended, so with no waiting time it never joins
+requests that arrive one by one, and with a waiting time it delays those that are alone.)
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from services.teacher.schema import ScoreReply, ScoreRequest
+
+
+class Merger:
+    """Runs a function of many requests for callers that have one each.
+
+    Args:
+        run: the function; it is called in a thread, one call at a time, and replies in the order of the requests.
+        max_tokens: in a batch; a larger request runs alone.
+    """
+
+    def __init__(self, run: Callable[[list[ScoreRequest]], list[ScoreReply]], max_tokens: int) -> None:
+        self._run, self._max_tokens = run, max_tokens
+        self._waiting: deque[tuple[ScoreRequest, asyncio.Future[ScoreReply]]] = deque()
+        self._worker: asyncio.Task[None] | None = None
+
+    async def reply(self, request: ScoreRequest) -> ScoreReply:
+        """The reply to one request, or the exception that this request raises when it runs alone."""
+        future: asyncio.Future[ScoreReply] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await future
+
+    async def _work(self) -> None:
+        while batch := self._next_batch():
+            try:
+                await self._answer(batch)
+            except Exception:
+                # Each alone, so that a request that fails does not fail its neighbours.
+                for item in batch:
+                    try:
+                        await self._answer([item])
+                    except Exception as error:
+                        if not item[1].done():
+                            item[1].set_exception(error)
+
+    async def _answer(self, batch: list[tuple[ScoreRequest, asyncio.Future[ScoreReply]]]) -> None:
+        # In a thread, so that health checks and new requests are heard during the forward pass.
+        replies = await asyncio.to_thread(self._run, [request for request, _ in batch])
+        for (_, future), reply in zip(batch, replies, strict=True):
+            if not future.done():
+                future.set_result(reply)
+
+    def _next_batch(self) -> list[tuple[ScoreRequest, asyncio.Future[ScoreReply]]]:
+        batch: list[tuple[ScoreRequest, asyncio.Future[ScoreReply]]] = []
+        tokens = 0
+        while self._waiting:
+            request, future = self._waiting[0]
+            if batch and tokens + request.num_tokens > self._max_tokens:
+                break
+            self._waiting.popleft()
+            if not future.done():  # else its caller has gone
+                batch.append((request, future))
+                tokens += request.num_tokens
+        return batch
