@@ -10,10 +10,23 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, create_engine, insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import (
+    Column,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    insert,
+    inspect,
+    make_url,
+    select,
+    update,
+)
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
-from cluster.errors import PromotionRefused
+from cluster.errors import PromotionRefused, StorageError
 
 _METADATA = MetaData()
 _CHAMPIONS = Table(
@@ -46,11 +59,29 @@ def database_url(state_directory: Path) -> str:
 
 
 def open_database(url: str) -> Engine:
-    """An engine with the table in place; an SQLite directory is made."""
-    if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, pool_pre_ping=True)
-    _METADATA.create_all(engine)
+    """An engine with the table in place; an SQLite directory is made.
+
+    Raises:
+        StorageError: the URL is not one, its driver is missing, or the database does not answer.
+    """
+    try:
+        shown = make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        raise StorageError("champions database: not an SQLAlchemy URL; check RAYSTILL_DATABASE_URL") from None
+    try:
+        if url.startswith("sqlite:///"):
+            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(url, pool_pre_ping=True)
+        try:
+            _METADATA.create_all(engine)
+        except SQLAlchemyError:  # another process made the table at the same moment
+            if not inspect(engine).has_table(_CHAMPIONS.name):
+                raise
+    except (SQLAlchemyError, ImportError, OSError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+        raise StorageError(
+            f"champions database {shown}: cannot be opened ({reason}); check RAYSTILL_DATABASE_URL"
+        ) from error
     return engine
 
 
@@ -58,6 +89,17 @@ def current_champion(engine: Engine, model_name: str) -> Champion | None:
     with engine.connect() as connection:
         row = connection.execute(select(_CHAMPIONS).where(_CHAMPIONS.c.model_name == model_name)).one_or_none()
     return Champion(**row._mapping) if row is not None else None
+
+
+def find_champion(url: str, model_name: str) -> Champion | None:
+    """The champion, read without making a database where there is none."""
+    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+        return None
+    engine = open_database(url)
+    try:
+        return current_champion(engine, model_name)
+    finally:
+        engine.dispose()
 
 
 def crown(

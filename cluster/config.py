@@ -181,6 +181,7 @@ def _explain(model: type[BaseModel], where: str, items: list[Any]) -> str:
     message = " or ".join(dict.fromkeys(item["msg"].removeprefix("Value error, ") for item in items))
     if item["type"] == "value_error":
         return f"{where}: {message}" if where else message
+    message = re.sub("valid dictionary( or instance of [A-Za-z]+)?", "mapping of keys to values", message)
     message = message.replace(" or Input should be ", " or ")
     return f"{where or '(top)'}: found {_shown(found)}; {message[0].lower()}{message[1:]}"
 

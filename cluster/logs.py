@@ -9,7 +9,10 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 def setup_logging(level: str | None = None) -> None:
     """Call once per process. `RAYSTILL_LOG` sets the level (default WARNING in commands, INFO in workers)."""
-    level = os.environ.get("RAYSTILL_LOG", level or "WARNING").upper()
+    default = level or "WARNING"
+    wanted = os.environ.get("RAYSTILL_LOG", "").upper() or default
+    known = logging.getLevelNamesMapping()
+    level = wanted if wanted in known else default
     for name in ("cluster", "services", "jobs"):
         logger = logging.getLogger(name)
         logger.setLevel(level)
@@ -18,3 +21,7 @@ def setup_logging(level: str | None = None) -> None:
             handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
             logger.addHandler(handler)
             logger.propagate = False
+    if wanted not in known:
+        logging.getLogger(__name__).warning(
+            "RAYSTILL_LOG=%s is no level; it stays at %s. Known: DEBUG, INFO, WARNING, ERROR", wanted, default
+        )

@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,22 +141,24 @@ class Tracker:
         ]
         params = [Param(k, str(v)[:500]) for kind, vs, _ in batch if kind == "params" for k, v in vs.items()]
         tags = [RunTag(k, str(v)) for kind, vs, _ in batch if kind == "tags" for k, v in vs.items()]
+        # MLflow's limits for one call. Each goes by itself, so that one bad record costs no other.
+        for what, records, limit in (("metrics", metrics, 1000), ("params", params, 100), ("tags", tags, 100)):
+            for start in range(0, len(records), limit):
+                self._try(client.log_batch, self.run_id, **{what: records[start : start + limit]})
+        for kind, value, _ in batch:
+            if kind == "text":
+                self._try(client.log_text, self.run_id, *value)
+            elif kind == "end":
+                self._try(client.set_terminated, self.run_id, status=value)
+
+    def _try(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> None:
         try:
-            for start in range(0, max(len(metrics), 1), 1000):
-                client.log_batch(
-                    self.run_id, metrics=metrics[start : start + 1000], params=params[:100], tags=tags[:100]
-                )
-                params, tags = params[100:], tags[100:]
-            for kind, value, _ in batch:
-                if kind == "text":
-                    client.log_text(self.run_id, *value)
-                elif kind == "end":
-                    client.set_terminated(self.run_id, status=value)
+            call(*arguments, **named)
         except Exception as error:  # as above
-            self.dropped += len(batch)
+            self.dropped += 1
             if not self._warned:
                 self._warned = True
-                logger.warning("tracking at %s: a batch of records was not written: %s", self._uri, _first_line(error))
+                logger.warning("tracking at %s: a record was not written: %s", self._uri, _first_line(error))
 
 
 def register_version(

@@ -40,10 +40,10 @@ def find_sources(uris: list[str]) -> list[Source]:
     found: list[Source] = []
     for uri in uris:
         storage = open_storage(uri)
-        is_file = storage.root.is_file() if isinstance(storage, LocalStorage) else uri.endswith(ENDINGS)
-        if is_file:
-            parent, name = split_uri(storage.uri)
-            listed = [Source(parent, item) for item in parent.list(name) if item.key == name]
+        if isinstance(storage, LocalStorage) and storage.root.is_file():
+            listed = _object(LocalStorage(storage.root.parent), storage.root.name)
+        elif not isinstance(storage, LocalStorage) and uri.endswith(ENDINGS):
+            listed = _object(*split_uri(storage.uri))
         else:
             listed = [Source(storage, item) for item in storage.list() if item.key.endswith(ENDINGS)]
         if not listed:
@@ -57,6 +57,10 @@ def find_sources(uris: list[str]) -> list[Source]:
     return found
 
 
+def _object(parent: Storage, name: str) -> list[Source]:
+    return [Source(parent, item) for item in parent.list(name) if item.key == name]
+
+
 def read_texts(source: Source, text_column: str) -> Iterator[str]:
     """The documents of one source object, in order; empty ones are left out.
 
@@ -68,7 +72,7 @@ def read_texts(source: Source, text_column: str) -> Iterator[str]:
         if key.endswith(".parquet"):
             texts = _parquet(source, text_column)
         elif key.endswith(".txt"):
-            texts = iter([_open(source).read().decode("utf-8")])
+            texts = iter([_open(source).read().decode("utf-8-sig")])
         else:
             texts = _jsonl(source, text_column)
         for text in texts:
@@ -93,7 +97,7 @@ def _jsonl(source: Source, text_column: str) -> Iterator[str]:
     with _open(source) as raw:
         compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(source.info.key).suffix)
         stream = cast(IO[bytes], pyarrow.CompressedInputStream(raw, compression)) if compression else raw
-        for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
+        for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig"), 1):
             if not line.strip():
                 continue
             try:
@@ -114,10 +118,17 @@ def _jsonl(source: Source, text_column: str) -> Iterator[str]:
 
 def _parquet(source: Source, text_column: str) -> Iterator[str]:
     with _open(source) as raw:
-        file = pq.ParquetFile(raw)
+        file = pq.ParquetFile(raw, page_checksum_verification=True)
         if text_column not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names)
             raise CorpusError(f"source {source.uri}: no column {text_column!r} (found: {names}); set data.text_column")
+        kind = file.schema_arrow.field(text_column).type
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise CorpusError(
+                f"source {source.uri}: column {text_column!r} holds {kind}, not text; set data.text_column"
+            )
         for batch in file.iter_batches(columns=[text_column]):
             for text in batch.column(0).to_pylist():
                 if isinstance(text, str):

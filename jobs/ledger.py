@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.config import fingerprint
-from cluster.errors import StorageError
+from cluster.errors import CorruptArtifact, StorageError
 from cluster.storage import Storage
 
 SUMMARY = "summary.json"
@@ -35,11 +35,18 @@ class Ledger:
         self._storage, self._name = storage, name
 
     def check_owner(self) -> None:
-        """Raises `StorageError` if the storage root belongs to a run of another name."""
+        """Raises `StorageError` if the storage root belongs to a run of another name, or is not a run's at all."""
         try:
-            owner = self._storage.read_json(SUMMARY).get("name")
+            summary = self._storage.read_json(SUMMARY)
         except FileNotFoundError:
             return
+        except CorruptArtifact as error:
+            raise StorageError(str(error)) from error
+        owner = summary.get("name") if isinstance(summary, dict) else None
+        if owner is None:
+            raise StorageError(
+                f"storage {self._storage.uri}: its {SUMMARY} was not written by raystill: choose another storage"
+            )
         if owner != self._name:
             raise StorageError(
                 f"storage {self._storage.uri} holds run {owner!r}, the config says name={self._name!r}: "
@@ -47,9 +54,14 @@ class Ledger:
             )
 
     def record(self, stage: str) -> StageRecord | None:
+        """How the stage ended last, or None if it never did. A record of another version of raystill counts as none."""
         try:
-            return StageRecord(**self._storage.read_json(f"stages/{stage}.json"))
+            values = self._storage.read_json(f"stages/{stage}.json")
         except FileNotFoundError:
+            return None
+        try:
+            return StageRecord(**values)
+        except TypeError:
             return None
 
     def done(self, stage: str, key: str) -> StageRecord | None:

@@ -3,11 +3,13 @@
 Each check raises one line that says what was asked, what was found and what to do.
 """
 
+import os
 from typing import Any
 
+from cluster.champions import database_url, open_database
 from cluster.connection import Connection
-from cluster.errors import ConfigError, ModelError, UserError
-from cluster.pretrained import check_model, check_same_vocabulary, load_tokenizer
+from cluster.errors import ConfigError, ModelError, PlacementError, UserError
+from cluster.pretrained import check_model, check_same_vocabulary, load_tokenizer, locate
 from cluster.resources import check_placement, logical_cpus, threads_each
 from cluster.storage import open_storage
 from jobs.config import RunConfig, TrainConfig
@@ -25,14 +27,23 @@ def check_config(config: RunConfig) -> None:
     if config.data.sources:
         find_sources(config.data.sources)
     _check_models(config)
+    if os.environ.get("RAYSTILL_DATABASE_URL"):  # else a file below the storage root, made when it is needed
+        open_database(database_url(config.state_directory)).dispose()
     if not config.cluster.resolved_address():
         check_cpus(config, logical_cpus(config.cluster.num_cpus), "this machine")
+        if any(_wanted_gpus(config)):
+            import torch
+
+            check_gpus(config, torch.cuda.device_count(), "this machine")
 
 
 def check_cluster(config: RunConfig, connection: Connection) -> None:
     """Checks against the cluster that is connected."""
     if not connection.embedded:
+        import ray
+
         check_cpus(config, connection.num_cpus, "the cluster")
+        check_gpus(config, ray.cluster_resources().get("GPU", 0), "the cluster")
 
 
 def check_cpus(config: RunConfig, available: float, where: str) -> None:
@@ -48,46 +59,120 @@ def check_cpus(config: RunConfig, available: float, where: str) -> None:
         check_placement(_wanted("teacher.train", train, threads), available, where)
 
 
+def check_gpus(config: RunConfig, available: float, where: str) -> None:
+    """Raises `PlacementError` if a stage would wait for GPUs for ever."""
+    for_train, for_teacher, for_teacher_train = _wanted_gpus(config)
+    if for_train + for_teacher > available:
+        raise PlacementError(
+            f"asked for {for_train:g} (train.use_gpu, one for each worker) + {for_teacher:g} (teacher.num_gpus, for "
+            f"each replica) GPUs, {where} has {available:g}: lower the counts, or set cluster.address"
+        )
+    if for_teacher_train > available:
+        raise PlacementError(
+            f"asked for {for_teacher_train:g} GPUs (teacher.train.use_gpu, one for each worker), {where} has "
+            f"{available:g}: lower teacher.train.num_workers, or set cluster.address"
+        )
+
+
+def _wanted_gpus(config: RunConfig) -> tuple[float, float, float]:
+    """GPUs for training, for the teacher replicas beside it, and for the training of the teacher before."""
+    teacher, train = config.teacher, config.train
+    of_teacher = teacher.train if teacher is not None else None
+    return (
+        train.num_workers if train.use_gpu else 0,
+        teacher.replicas * teacher.num_gpus if teacher is not None and config.distils else 0,
+        of_teacher.num_workers if of_teacher is not None and of_teacher.use_gpu else 0,
+    )
+
+
 def _wanted(place: str, train: TrainConfig, threads: int) -> dict[str, float]:
     return {f"{place}.num_workers={train.num_workers} x {threads} threads": train.num_workers * threads}
 
 
 def _check_models(config: RunConfig) -> None:
-    teacher, student = config.teacher, config.student
+    teacher, student, trained = config.teacher, config.student, config.data.train_tokenizer
+    num_tokens = trained.vocab_size if trained is not None else None
     teacher_tokenizer: Any = None
     if teacher is not None and teacher.model is not None:
         check_model(teacher.model, teacher.gguf_file)
         teacher_tokenizer = load_tokenizer(teacher.model, teacher.gguf_file)
+        num_tokens = len(teacher_tokenizer)
     if student.model is not None:
         check_model(student.model)
     named = student.tokenizer or student.model
-    if named is not None:
+    if named is not None and trained is None:
         student_tokenizer = load_tokenizer(named)
         if teacher_tokenizer is not None:
             check_same_vocabulary(teacher_tokenizer, student_tokenizer, str(teacher and teacher.model), named)
-        if student.model is not None:
-            _check_vocabulary_size(student.model, len(student_tokenizer))
-    for name, shape in (("teacher", teacher.shape if teacher else None), ("student", student.shape)):
-        if shape is None:
-            continue
-        base = teacher.model if name == "student" and teacher is not None and teacher.gguf_file is None else None
-        if "model_type" not in shape and base is None:
-            if teacher is None or teacher.shape is None:
-                continue  # the teacher is converted first; its config is known then
-            shape = {**teacher.shape, **shape}
-        try:
-            shape_config(shape, base, config.data.train_tokenizer.vocab_size if config.data.train_tokenizer else 32_000)
-        except UserError as error:
-            raise ConfigError(f"{name}.{error}") from error
+        num_tokens = len(student_tokenizer)
+    of_teacher = _teacher_config(config, num_tokens)
+    of_student = _student_config(config, num_tokens, of_teacher)
+    for place, shape in (("teacher", of_teacher), ("student", of_student)):
+        if shape is not None:
+            _check_size(place, shape, config.data.sequence_length, num_tokens)
 
 
-def _check_vocabulary_size(model: str, num_tokens: int) -> None:
+def _teacher_config(config: RunConfig, num_tokens: int | None) -> Any:
+    """The teacher's Hugging Face config, or None if there is no teacher or it is converted first."""
+    teacher = config.teacher
+    if teacher is None or teacher.gguf_file is not None:
+        return None
+    if teacher.model is not None:
+        return _read_config(teacher.model)
+    return _shape_config("teacher", teacher.shape or {}, None, num_tokens)
+
+
+def _student_config(config: RunConfig, num_tokens: int | None, of_teacher: Any) -> Any:
+    """The student's, or None if it follows from a teacher that is converted first."""
+    teacher, student = config.teacher, config.student
+    if student.model is not None:
+        return _read_config(student.model)
+    if student.from_teacher is not None:
+        if of_teacher is not None:
+            _check_layers(student.from_teacher.layers, of_teacher.num_hidden_layers)
+        return of_teacher
+    shape = student.shape or {}
+    if "model_type" in shape:
+        return _shape_config("student", shape, None, num_tokens)
+    if of_teacher is None or teacher is None:
+        return None
+    return _shape_config("student", {**(teacher.shape or {}), **shape}, teacher.model, num_tokens)
+
+
+def _read_config(model: str) -> Any:
     from transformers import AutoConfig
 
-    from cluster.pretrained import locate
+    try:
+        return AutoConfig.from_pretrained(locate(model)).get_text_config()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"model {model}: its config cannot be read ({reason}); check the name or directory") from error
 
-    size = AutoConfig.from_pretrained(locate(model)).vocab_size
-    if size < num_tokens:
+
+def _shape_config(place: str, shape: dict[str, Any], base: str | None, num_tokens: int | None) -> Any:
+    try:
+        return shape_config(shape, base, num_tokens or 32_000)
+    except UserError as error:
+        raise ConfigError(f"{place}.{error}") from error
+
+
+def _check_layers(layers: list[int], total: int) -> None:
+    if len(set(layers)) != len(layers) or not all(0 <= index < total for index in layers):
         raise ModelError(
-            f"student {model} has {size} embedding rows, its tokenizer {num_tokens} tokens: resize the embeddings first"
+            f"student.from_teacher.layers={layers}: the teacher has layers 0..{total - 1}, each can be kept once"
+        )
+
+
+def _check_size(place: str, shape: Any, sequence_length: int, num_tokens: int | None) -> None:
+    """Raises `ModelError` if the tokenizer's ids or the rows of the example store are more than a model takes."""
+    if num_tokens is not None and shape.vocab_size < num_tokens:
+        raise ModelError(
+            f"{place} has {shape.vocab_size} embedding rows (vocab_size), its tokenizer {num_tokens} tokens: "
+            "resize the embeddings, or leave vocab_size out of the shape"
+        )
+    context = getattr(shape, "max_position_embeddings", None)
+    if context is not None and sequence_length > context:
+        raise ModelError(
+            f"data.sequence_length={sequence_length}, the {place} takes at most {context} tokens "
+            "(max_position_embeddings): lower data.sequence_length"
         )

@@ -4,7 +4,7 @@ import signal
 import threading
 from typing import Any
 
-from cluster.champions import current_champion, database_url, open_database
+from cluster.champions import database_url, find_champion
 from cluster.errors import ConfigError
 from jobs.config import RunConfig
 from services.endpoint.client import ask, start_endpoint, stop_endpoint
@@ -29,14 +29,8 @@ def ask_once(config: RunConfig) -> dict[str, Any]:
 
 def check_champion(config: RunConfig) -> None:
     """Raises `ConfigError` if there is nothing to serve yet."""
-    engine = open_database(database_url(config.state_directory))
-    try:
-        if current_champion(engine, config.model_name) is None:
-            raise ConfigError(
-                f"model {config.model_name} has no champion in {config.storage}: `raystill run` makes one"
-            )
-    finally:
-        engine.dispose()
+    if find_champion(database_url(config.state_directory), config.model_name) is None:
+        raise ConfigError(f"model {config.model_name} has no champion in {config.storage}: `raystill run` makes one")
 
 
 def serve_until_interrupted(config: RunConfig, say: Any) -> None:

@@ -1,5 +1,6 @@
 """Model shapes from a config's keys: which values a family takes, checked by transformers itself. Torch is not used."""
 
+import difflib
 from typing import Any
 
 from cluster.errors import ConfigError
@@ -23,6 +24,8 @@ def shape_config(
 
     changes = dict(shape)
     model_type = changes.pop("model_type", None)
+    if teacher is None and model_type is None:
+        raise ConfigError(f"shape {shape}: without a teacher set model_type, for example model_type: llama")
     try:
         if teacher is not None and model_type is None:
             base = AutoConfig.from_pretrained(locate(teacher)).to_dict()
@@ -33,11 +36,19 @@ def shape_config(
         else:
             base = {"vocab_size": vocab_size, **(special_ids or {})}
         known = AutoConfig.for_model(model_type)
-        unknown = [key for key in changes if key not in known.to_dict() and key not in known.attribute_map]
-        if unknown:
-            keys = ", ".join(sorted(known.to_dict()))
-            raise ConfigError(f"shape: {model_type} has no key {', '.join(unknown)}; known: {keys}")
-        return AutoConfig.for_model(model_type, **{**base, **changes})
+        keys = sorted({*known.to_dict(), *known.attribute_map})
+        for key in changes:
+            if key not in keys:
+                near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(keys)}"
+                raise ConfigError(f"shape: {model_type} has no key {key}: {hint}")
+        config = AutoConfig.for_model(model_type, **{**base, **changes})
+        heads, pairs = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+        if heads and pairs and heads % pairs:
+            raise ConfigError(
+                f"shape {shape}: num_attention_heads={heads} is not a multiple of num_key_value_heads={pairs}; set both"
+            )
+        return config
     except ConfigError:
         raise
     except Exception as error:  # every family checks its config in its own way

@@ -14,6 +14,7 @@ from typing import Any
 from cluster.champions import database_url
 from cluster.config import fingerprint
 from cluster.connection import Connection
+from cluster.errors import UserError
 from cluster.pretrained import load_tokenizer, locate, model_fingerprint, tokenizer_fingerprint
 from cluster.resources import physical_cores, threads_each
 from cluster.storage import Storage, publish_directory, read_manifest
@@ -116,10 +117,16 @@ def _prepare(run: Run, bar: Bar) -> Output:
         sources = find_sources([f"{storage.uri}/corpus"])
     else:
         sources = find_sources(config.data.sources)
-    tokenizer = _tokenizer(run, sources, bar)
     trained = config.teacher.train if config.teacher is not None else None
     smallest = max(config.train.global_batch, trained.global_batch if trained is not None else 0)
-    manifest = prepare(sources, config.data, tokenizer, smallest, storage, prefix, bar)
+    made_before = read_manifest(storage, f"tokenizer/{key}") is not None
+    try:
+        tokenizer = _tokenizer(run, sources, bar)
+        manifest = prepare(sources, config.data, tokenizer, smallest, storage, prefix, bar)
+    except UserError:
+        if not made_before:
+            storage.delete(f"tokenizer/{key}")
+        raise
     return {
         "store": prefix,
         "tokenizer": tokenizer,

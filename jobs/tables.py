@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _TITLES = {
@@ -22,7 +23,7 @@ def models_table(summary: dict[str, Any]) -> Table:
     for name in sorted(summary["models"], key=lambda item: list(_TITLES).index(item) if item in _TITLES else 99):
         row = summary["models"][name]
         table.add_row(
-            _TITLES.get(name, name),
+            _TITLES.get(name, escape(name)),
             f"{row['parameters']:,}",
             size(row["bytes"]),
             f"{row['bits_per_byte']:.4f}",
@@ -33,14 +34,14 @@ def models_table(summary: dict[str, Any]) -> Table:
 
 def stages_table(summary: dict[str, Any]) -> Table:
     """Status and seconds of every stage, with training's main figures."""
-    table = Table(title=f"{summary['name']}: stages in {summary['storage']}", title_justify="left")
+    table = Table(title=escape(f"{summary['name']}: stages in {summary['storage']}"), title_justify="left")
     table.add_column("stage")
     table.add_column("status")
     table.add_column("seconds", justify="right")
     table.add_column("")
     for name, stage in summary["stages"].items():
         colour = {"done": "green", "failed": "red"}.get(stage["status"], "dim")
-        table.add_row(name, f"[{colour}]{stage['status']}[/]", f"{stage['seconds']:.1f}", _note(stage))
+        table.add_row(name, f"[{colour}]{stage['status']}[/]", f"{stage['seconds']:.1f}", escape(_note(stage)))
     return table
 
 

@@ -36,8 +36,10 @@ def build_student(config: StudentConfig, teacher: str | None, tokenizer: Any, se
     torch.manual_seed(seed)
     try:
         return AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-        raise ConfigError(f"student.shape: {type(shape).__name__} cannot be built: {error}") from error
+    except (ValueError, TypeError, KeyError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"student.shape: {type(shape).__name__} cannot be built: {type(error).__name__}: {error}"
+        ) from error
     finally:
         torch.random.set_rng_state(generator_state)
 
@@ -46,12 +48,12 @@ def keep_layers(teacher: Any, layers: list[int]) -> Any:
     """A model of the teacher's family with some of its layers, and its embeddings, norms and head.
 
     Raises:
-        ModelError: an index out of range or given twice, or a family whose layers are not one list.
+        ModelError: an index out of range or given twice, or a family whose layers are not one list of equals.
     """
     name, total = _layer_list(teacher)
-    if len(set(layers)) != len(layers) or not all(0 <= index < total for index in layers):
+    if not layers or len(set(layers)) != len(layers) or not all(0 <= index < total for index in layers):
         raise ModelError(
-            f"student.from_teacher.layers={layers}: the teacher has layers 0..{total - 1}, each can be kept once"
+            f"student.from_teacher.layers={layers}: keep at least one of the teacher's layers 0..{total - 1}, each once"
         )
     config = type(teacher.config)(**_kept(teacher.config.to_dict(), layers, total))
     student = type(teacher)(config).float()
@@ -64,24 +66,33 @@ def keep_layers(teacher: Any, layers: list[int]) -> Any:
             kept[key] = value
         elif match[2] in place:
             kept[f"{match[1]}{name}.{place[match[2]]}.{match[3]}"] = value
-    student.load_state_dict(kept, strict=True)
+    try:
+        student.load_state_dict(kept, strict=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"student.from_teacher.layers={layers}: the layers of {type(teacher).__name__} differ by their place: "
+            "keep others, or start from student.shape"
+        ) from error
     student.tie_weights()
     student.generation_config = teacher.generation_config
     return student.eval()
 
 
 def _layer_list(model: Any) -> tuple[str, int]:
-    total = model.config.num_hidden_layers
+    total = getattr(model.config, "num_hidden_layers", None)
     for name, module in model.base_model.named_children():
         if isinstance(module, nn.ModuleList) and len(module) == total:
             return name, total
-    raise ModelError(f"model family {type(model).__name__} has no single list of {total} layers to keep from")
+    raise ModelError(f"model family {type(model).__name__} has no single list of layers to keep from")
 
 
 def _kept(config: dict[str, Any], layers: list[int], total: int) -> dict[str, Any]:
-    """The config with fewer layers; lists with one entry per layer keep the same entries."""
+    """The config with fewer layers; lists about layers with one entry for each keep the same entries."""
     out = {
-        key: [value[index] for index in layers] if isinstance(value, list) and len(value) == total else value
+        # Only keys about layers: with two layers, `eos_token_id: [1, 2]` is as long and means something else.
+        key: [value[index] for index in layers]
+        if "layer" in key and isinstance(value, list) and len(value) == total
+        else value
         for key, value in config.items()
     }
     depth = next(key for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in config)

@@ -23,7 +23,8 @@ class Prefetch:
         teacher: who is asked.
         spec: the signal wanted.
         hidden_size: the teacher's width, for the size of an answer.
-        window_bytes: bound on answers asked for and not yet used; one request is always allowed.
+        window_bytes: bound on answers asked for and not yet handed out; one request is always allowed, so that the
+            teacher works while the student trains whatever the bound.
         asker: a name that makes request ids unique, for example the worker's rank.
     """
 
@@ -36,25 +37,33 @@ class Prefetch:
     """Time the student spent waiting for answers."""
 
     def pairs(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Signal]]:
-        """Every micro-batch with its signal, in order."""
+        """Every micro-batch with its signal, in order. What is still asked when the caller stops is cancelled."""
         waiting: deque[tuple[MicroBatch, Future[ScoreReply], int]] = deque()
         in_flight_bytes, number = 0, 0
         upcoming = next(batches, None)
-        while waiting or upcoming is not None:
-            while upcoming is not None:
-                size = len(upcoming.positions) * self.spec.bytes_per_position(self.hidden_size)
-                if waiting and in_flight_bytes + size > self.window_bytes:
-                    break
-                waiting.append((upcoming, self.teacher.submit(self._request(upcoming, number)), size))
-                in_flight_bytes += size
-                number += 1
-                upcoming = next(batches, None)
-            batch, answer, size = waiting.popleft()
-            started = time.perf_counter()
-            signal = answer.result().signal
-            self.waited_s += time.perf_counter() - started
-            in_flight_bytes -= size
-            yield batch, signal
+        ready: tuple[MicroBatch, Signal] | None = None
+        try:
+            while waiting or upcoming is not None or ready is not None:
+                while upcoming is not None:
+                    size = len(upcoming.positions) * self.spec.bytes_per_position(self.hidden_size)
+                    if waiting and in_flight_bytes + size > self.window_bytes:
+                        break
+                    waiting.append((upcoming, self.teacher.submit(self._request(upcoming, number)), size))
+                    in_flight_bytes += size
+                    number += 1
+                    upcoming = next(batches, None)
+                if ready is not None:
+                    yield ready
+                    ready = None
+                if waiting:
+                    batch, answer, size = waiting.popleft()
+                    started = time.perf_counter()
+                    ready = batch, answer.result().signal
+                    self.waited_s += time.perf_counter() - started
+                    in_flight_bytes -= size
+        finally:
+            for _, answer, _ in waiting:
+                answer.cancel()
 
     def _request(self, batch: MicroBatch, number: int) -> ScoreRequest:
         return ScoreRequest(
