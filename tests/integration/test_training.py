@@ -1,0 +1,178 @@
+"""Training on real Ray Train workers against a real teacher service: any number of workers, and faults on the way."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from cluster.connection import ClusterConfig, connect
+from cluster.errors import NonFiniteLoss
+from cluster.storage import open_storage
+from jobs.config import DataConfig, RunConfig
+from jobs.corpus import find_sources
+from jobs.prepare import prepare
+from jobs.train import run_training, teacher_service
+from jobs.training.data import ExampleStore, GlobalBatches, rows_checksum
+from jobs.training.plan import TrainPlan
+from tests import tiny
+from tests.unit.test_prepare import NoBar
+
+pytestmark = pytest.mark.integration
+STEPS, BATCH = 16, 12
+
+
+@pytest.fixture(scope="module")
+def connection():
+    with connect(ClusterConfig()) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    teacher = str(tiny.save_model(root / "teacher"))
+    data = {"sources": [str(tiny.corpus(root / "in", 80))], "sequence_length": 48, "validation_fraction": 0.2}
+    storage = open_storage(str(root))
+    manifest = prepare(find_sources(data["sources"]), DataConfig(**data), teacher, 1, storage, "store/x", NoBar())
+    config = RunConfig(
+        name="test",
+        storage=str(root),
+        data=data,
+        teacher={"model": teacher, "replicas": 2, "dtype": "float32", "threads_per_replica": 1},
+        student={"shape": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}},
+        distill={"alpha": 0.3, "temperature": 2.0},
+        train={
+            "steps": STEPS,
+            "global_batch": BATCH,
+            "micro_batch": 6,
+            "learning_rate": 1e-2,
+            "warmup_steps": 2,
+            "precision": "float32",
+            "checkpoint_every": 4,
+            "validate_every": 8,
+        },
+    )
+    return config, teacher, manifest
+
+
+@pytest.fixture(scope="module")
+def access(connection, base):
+    config, teacher, manifest = base
+    with teacher_service(config.teacher, teacher, teacher, manifest, config) as reached:
+        yield reached
+
+
+def plan(base, access, name, **train_changes):
+    config, teacher, _ = base
+    return TrainPlan(
+        storage=config.storage,
+        prefix=f"student/{name}",
+        store="store/x",
+        tokenizer=teacher,
+        student=config.student,
+        teacher_model=teacher,
+        teacher=access,
+        distill=config.distill,
+        train=config.train.replace(**train_changes),
+        threads=1,
+    )
+
+
+def planned_checksum(base):
+    config, _, _ = base
+    batches = GlobalBatches(ExampleStore(open_storage(config.storage), "store/x", "train"), BATCH, 0)
+    return sum(rows_checksum(tuple(batches.row_ids(step))) for step in range(STEPS))
+
+
+@pytest.fixture(scope="module")
+def one_worker(base, access, connection):
+    return run_training(plan(base, access, "one"), connection, NoBar(), lambda step, metrics: None)
+
+
+def test_training_two_workers_and_other_micro_batches_give_the_same_curve(base, access, connection, one_worker):
+    seen = []
+    two = run_training(
+        plan(base, access, "two", num_workers=2, micro_batch=4),
+        connection,
+        NoBar(),
+        lambda step, metrics: seen.append((step, metrics)),
+    )
+    np.testing.assert_allclose(two["losses"], one_worker["losses"], rtol=1e-4)
+    assert two["rows_checksum"] == one_worker["rows_checksum"] == planned_checksum(base)
+    assert two["rows"] == STEPS * BATCH
+    assert [step for step, _ in seen] == list(range(1, STEPS + 1))
+    assert {"train/loss", "train/divergence", "train/agreement", "train/grad_norm", "train/teacher_wait_s"} <= set(
+        seen[0][1]
+    )
+    assert seen[-1][1]["validation/bits_per_byte"] > 0
+
+
+def processes(name):
+    """Processes of this test's own Ray whose title holds a name."""
+    me = psutil.Process()
+    found = []
+    for process in me.children(recursive=True):
+        try:
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_training_goes_on_when_a_teacher_replica_is_killed(base, access, connection, one_worker):
+    times, killed = [], []
+
+    def on_step(step, metrics):
+        times.append(time.monotonic())
+        if step >= 4 and not killed:
+            replicas = processes("ServeReplica:teacher")
+            assert len(replicas) == 2
+            killed.append(replicas[0].pid)
+            os.kill(replicas[0].pid, signal.SIGKILL)
+
+    # Small micro-batches and a window of one answer: requests are in flight all the time.
+    access = access.replace(window_bytes=1)
+    outcome = run_training(plan(base, access, "killed-replica", micro_batch=1), connection, NoBar(), on_step)
+    assert killed
+    assert outcome["rows_checksum"] == planned_checksum(base)
+    assert outcome["rows"] == STEPS * BATCH
+    np.testing.assert_allclose(outcome["losses"], one_worker["losses"], rtol=1e-4)
+    stalls = np.diff(times)
+    assert stalls.max() < 30, f"longest pause between two steps: {stalls.max():.1f} s"
+
+
+def test_training_worker_killed_goes_back_to_its_checkpoint_and_loses_no_row(base, access, connection, one_worker):
+    killed = []
+
+    def on_step(step, metrics):
+        if step >= 6 and not killed:
+            workers = processes("RayTrainWorker")
+            killed.append(workers[0].pid)
+            os.kill(workers[0].pid, signal.SIGKILL)
+
+    slow = access.replace(window_bytes=1)
+    outcome = run_training(plan(base, slow, "killed-worker", micro_batch=1), connection, NoBar(), on_step)
+    assert killed
+    assert outcome["rows_checksum"] == planned_checksum(base)
+    np.testing.assert_allclose(outcome["losses"], one_worker["losses"], rtol=1e-4)
+
+
+def test_training_non_finite_loss_stops_at_once_with_row_ids(base, access, connection):
+    started = time.monotonic()
+    with pytest.raises(NonFiniteLoss, match=r"shard:row\): \d+:\d+"):
+        run_training(
+            plan(base, access, "explodes", learning_rate=1e12, clip_norm=1e30, weight_decay=0.0),
+            connection,
+            NoBar(),
+            lambda step, metrics: None,
+        )
+    assert time.monotonic() - started < 60, "it must not be tried again"
+
+
+def test_training_leaves_no_thread_behind(one_worker):
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "progress"]
