@@ -1,0 +1,263 @@
+"""The whole line through the command line, as a user has it: run, run again, kill and go on, serve."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests import tiny
+
+pytestmark = pytest.mark.integration
+CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def raystill(*arguments, cwd, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "jobs", *map(str, arguments)],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+def environment():
+    root = str(Path(__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": root, "COLUMNS": "120"}
+
+
+def last_json(text):
+    return json.loads(text.strip().splitlines()[-1])
+
+
+def rays_below(directory):
+    """Ray processes that still run and were started from a working directory."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "ray" in process.name() and process.cwd() == str(directory):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The shipped demo with fewer steps: its overrides, and what the first run gave."""
+    directory = tmp_path_factory.mktemp("demo")
+    overrides = [
+        "teacher.train.steps=12",
+        "train.steps=12",
+        "evaluate.max_rows=32",
+        "promote.max_quality_loss=0.05",
+        f"serve.port={free_port()}",
+    ]
+    first = raystill("run", CONFIGS / "demo.yaml", *overrides, "--json", cwd=directory, timeout=500)
+    assert first.returncode == 0, first.stderr[-3000:]
+    return directory, overrides, first
+
+
+def test_demo_runs_every_stage_and_json_is_the_stored_summary(demo):
+    directory, _, first = demo
+    summary = last_json(first.stdout)
+    assert summary == json.loads((directory / "runs/demo/summary.json").read_text())
+    assert sorted(summary["stages"]) == sorted(
+        ["prepare", "teacher", "train", "evaluate", "quantize", "register", "promote", "serve"]
+    )
+    assert all(stage["status"] == "done" and stage["seconds"] >= 0 for stage in summary["stages"].values())
+    for name in ("teacher", "train"):
+        figures = summary["stages"][name]
+        assert {"rows", "tokens", "tokens_per_s", "teacher_calls", "teacher_wait_s", "retries", "losses"} <= set(
+            figures
+        )
+        assert len(figures["losses"]) == 12
+    assert summary["stages"]["train"]["teacher_calls"] >= 24
+    assert set(summary["models"]) == {"teacher", "student", "student_int8_weight_only", "student_onnx_int8"}
+    for model in summary["models"].values():
+        assert {"parameters", "bytes", "bits_per_byte", "tokens_per_s"} <= set(model)
+    assert 4 * summary["models"]["student"]["parameters"] <= summary["models"]["teacher"]["parameters"]
+    assert summary["models"]["student_int8_weight_only"]["bytes"] < summary["models"]["student"]["bytes"]
+    assert summary["stages"]["serve"]["answer"]
+
+
+def test_demo_leaves_no_process_behind(demo):
+    directory, _, _ = demo
+    end = time.monotonic() + 20
+    while rays_below(directory) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert rays_below(directory) == []
+
+
+def test_demo_again_does_nothing_but_say_so(demo):
+    directory, overrides, first = demo
+    started = time.monotonic()
+    again = raystill("run", CONFIGS / "demo.yaml", *overrides, "--json", cwd=directory, timeout=120)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stderr
+    assert last_json(again.stdout) == last_json(first.stdout)
+    assert time.monotonic() - started < 30
+
+
+def test_demo_status_shows_stages_and_models(demo):
+    directory, _, _ = demo
+    status = raystill("status", "demo", cwd=directory, timeout=60)
+    assert status.returncode == 0
+    for word in ("prepare", "train", "quantize", "bits per byte", "champion"):
+        assert word in status.stdout
+    missing = raystill("status", "nothing", cwd=directory, timeout=60)
+    assert missing.returncode == 2
+    assert "no run" in missing.stderr
+
+
+def test_demo_is_recorded_in_mlflow(demo):
+    directory, _, _ = demo
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{directory}/runs/demo/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
+    assert len(found) == 1
+    run = found[0]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["distill.alpha"] == "0.1"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted(item.step for item in history) == list(range(1, 13))
+    for name in ("train/divergence", "train/agreement", "train/grad_norm", "train/teacher_wait_s", "train/temperature"):
+        assert name in run.data.metrics
+    assert {"raystill.data", "raystill.teacher"} <= set(run.data.tags)
+    version = client.get_model_version_by_alias("demo-student", "champion")
+    assert version.tags["scheme"] == "int8_weight_only"
+    manifest = json.loads((Path(version.source.removeprefix("file://")) / "manifest.json").read_text())
+    assert {"files", "scheme", "versions", "run", "data_fingerprint", "teacher_fingerprint", "measured"} <= set(
+        manifest
+    )
+    assert not [name for name in manifest["files"] if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+def test_demo_serve_answers_the_openai_client_until_interrupted(demo):
+    directory, overrides, _ = demo
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs", "serve", str(CONFIGS / "demo.yaml"), *overrides, f"serve.port={port}"],
+        cwd=directory,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert f"127.0.0.1:{port}" in process.stdout.readline()
+        import openai
+
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["demo-student"]
+        answer = client.completions.create(model="demo-student", prompt="Return the", max_tokens=8, temperature=0)
+        assert answer.usage.completion_tokens >= 1
+        stream = client.chat.completions.create(
+            model="demo-student", messages=[{"role": "user", "content": "hello"}], max_tokens=8, stream=True
+        )
+        assert list(stream)[-1].choices[0].finish_reason in ("stop", "length")
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A config whose training takes a while, and a place for its runs."""
+    directory = tmp_path_factory.mktemp("small")
+    teacher = tiny.save_model(directory / "teacher", num_hidden_layers=4, hidden_size=128, intermediate_size=256)
+    config = {
+        "name": "small",
+        "data": {"sources": [str(tiny.corpus(directory / "in", 120))], "sequence_length": 64},
+        "teacher": {"model": str(teacher), "replicas": 1, "dtype": "float32"},
+        "student": {"from_teacher": {"layers": [0, 3]}},
+        "train": {
+            "steps": 60,
+            "global_batch": 8,
+            "micro_batch": 4,
+            "num_workers": 2,
+            "precision": "float32",
+            "checkpoint_every": 10,
+            "validate_every": 1000,
+        },
+    }
+    (directory / "small.yaml").write_text(yaml.safe_dump(config))
+    return directory
+
+
+def train_figures(storage):
+    return json.loads((storage / "summary.json").read_text())["stages"]["train"]
+
+
+def test_run_killed_in_training_and_run_again_sees_the_rows_of_an_unbroken_run(small):
+    for name in ("whole", "broken"):
+        prepared = raystill("prepare", "small.yaml", f"storage={small / name}", cwd=small, timeout=120)
+        assert prepared.returncode == 0, prepared.stderr
+    command = [sys.executable, "-m", "jobs", "train", "small.yaml", f"storage={small / 'broken'}"]
+    process = subprocess.Popen(
+        command, cwd=small, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 240
+    while not list((small / "broken").glob("student/*/checkpoints/step-00000020/manifest.json")):
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    while rays_below(small):
+        assert time.monotonic() < end, "processes outlived the killed run"
+        time.sleep(0.2)
+    assert not list((small / "broken").glob("student/*/checkpoints/step-00000060/manifest.json"))
+
+    for name in ("broken", "whole"):
+        done = raystill("train", "small.yaml", f"storage={small / name}", cwd=small, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    broken, whole = train_figures(small / "broken"), train_figures(small / "whole")
+    for key in ("rows", "tokens", "rows_checksum"):
+        assert broken[key] == whole[key], key
+    assert broken["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+    assert len(broken["losses"]) == 60
+
+
+def test_single_stages_go_on_where_train_ended(small):
+    for stage in ("evaluate", "quantize", "register", "promote"):
+        done = raystill(stage, "small.yaml", f"storage={small / 'whole'}", "--json", cwd=small, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert last_json(done.stdout)["stages"][stage]["status"] == "done"
+
+
+def test_gate_refuses_and_exit_code_is_one(small):
+    refused = raystill(
+        "promote",
+        "small.yaml",
+        f"storage={small / 'whole'}",
+        "promote.max_quality_loss=0",
+        "promote.scheme=onnx_int8",
+        "--json",
+        cwd=small,
+        timeout=120,
+    )
+    summary = json.loads((small / "whole" / "summary.json").read_text())
+    models = summary["models"]
+    worse = models["student_onnx_int8"]["bits_per_byte"] > models["student"]["bits_per_byte"]
+    assert refused.returncode == (1 if worse else 0)
+    if worse:
+        assert "max_quality_loss allows 0.00%" in refused.stderr
+        assert summary["stages"]["promote"]["status"] == "failed"
