@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cluster.config import fingerprint
 from cluster.connection import Connection
 from cluster.errors import ConfigError, NonFiniteLoss, TokenizerMismatch, TrainingFailed
 from cluster.resources import process_environment, threads_each
@@ -108,9 +109,10 @@ def teacher_service(
         num_gpus=config.num_gpus,
         max_batch_tokens=config.max_batch_tokens,
     )
-    start_teacher(service)
+    app_name = f"teacher-{run.name}-{fingerprint(run.storage)[:8]}"  # a cluster may hold the teachers of several runs
+    start_teacher(service, app_name)
     try:
-        client = TeacherClient(attempt_timeout_s=config.attempt_timeout_s, deadline_s=config.deadline_s)
+        client = TeacherClient(app_name, attempt_timeout_s=config.attempt_timeout_s, deadline_s=config.deadline_s)
         description = client.describe()
         client.close()
         if description.tokenizer_fingerprint != store["tokenizer_fingerprint"]:
@@ -124,14 +126,14 @@ def teacher_service(
                 f"{description.max_sequence_tokens} tokens: lower it"
             )
         yield TeacherAccess(
-            app_name="teacher",
+            app_name=app_name,
             fingerprint=description.fingerprint,
             attempt_timeout_s=config.attempt_timeout_s,
             deadline_s=config.deadline_s,
             window_bytes=int(config.window_mb * 2**20),
         )
     finally:
-        stop_teacher()
+        stop_teacher(app_name)
 
 
 def default_threads(run: RunConfig) -> int:

@@ -117,7 +117,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     teacher = None
     if plan.teacher is not None:
         access = plan.teacher
-        teacher = TeacherClient(access.app_name, access.attempt_timeout_s, access.deadline_s)
+        teacher = TeacherClient(access.app_name, access.attempt_timeout_s, access.deadline_s, access.fingerprint)
     try:
         return train(plan, workers, teacher, lambda step, metrics: config["board"].report.remote(step, metrics))
     finally:

@@ -29,7 +29,7 @@ def start_endpoint(
         blocking: return only when interrupted, and stop the endpoint then.
 
     Raises:
-        PortInUse: something else listens at the address, or Serve of this Ray already answers elsewhere.
+        PortInUse: something else listens at the address, or Serve of this Ray has an endpoint or answers elsewhere.
         EndpointUnavailable: not healthy in time; the message has the reason that the endpoint gives.
     """
     from ray import serve
@@ -38,6 +38,11 @@ def start_endpoint(
 
     application = app({**config.model_dump(), "model_name": model_name, "database": database})
     start_serve(config.host, config.port)
+    if APP_NAME in serve.status().applications:  # running it again would replace it, and stopping it end the other
+        raise PortInUse(
+            f"endpoint: asked to serve {model_name} on {config.host}:{config.port}, but an endpoint runs on this Ray "
+            "already: stop that one, or use another cluster"
+        )
     serve.run(application, name=APP_NAME, route_prefix="/", blocking=False)
     url = base_url(config)
     wait_healthy(url, timeout_s)

@@ -59,9 +59,16 @@ class TeacherClient:
         app_name: the Serve application.
         attempt_timeout_s: a request unanswered for so long is given to another replica.
         deadline_s: after so long without an answer `TeacherUnavailable` is raised.
+        fingerprint: of the teacher that is expected; answers of any other are refused. None takes the one found.
     """
 
-    def __init__(self, app_name: str = APP_NAME, attempt_timeout_s: float = 60.0, deadline_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        app_name: str = APP_NAME,
+        attempt_timeout_s: float = 60.0,
+        deadline_s: float = 600.0,
+        fingerprint: str | None = None,
+    ) -> None:
         from ray import serve
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
@@ -82,20 +89,19 @@ class TeacherClient:
         self._threads = ThreadPoolExecutor(_MAX_CALLS_AT_ONCE, thread_name_prefix="teacher-call")
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._fingerprint: str | None = None
+        self._fingerprint = fingerprint
         self.counters = ClientCounters()
 
     def describe(self) -> TeacherDescription:
         """What the teacher is. From here on answers of any other teacher are refused."""
         description = self._call("describe")
-        self._fingerprint = description.fingerprint
+        self._expect(description.fingerprint)
         return description
 
     def head(self) -> HeadRecord:
-        """The teacher's output head; `TeacherFailed` if it is another teacher's."""
+        """The teacher's output head."""
         record = self._call("head")
-        if self._fingerprint is not None and record.fingerprint != self._fingerprint:
-            raise TeacherFailed(f"the head is of teacher {record.fingerprint}, expected {self._fingerprint}")
+        self._expect(record.fingerprint)
         return copied(record)
 
     def score(self, request: ScoreRequest) -> ScoreReply:
@@ -119,6 +125,15 @@ class TeacherClient:
         """Gives up what is still asked: no further attempts are made."""
         self._closed.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _expect(self, fingerprint: str) -> None:
+        """Raises `TeacherFailed` if this is another teacher than the one expected."""
+        if self._fingerprint not in (None, fingerprint):
+            raise TeacherFailed(
+                f"teacher {self._app_name!r} is {fingerprint}, expected {self._fingerprint}: another one was started "
+                "under this name; run the same command again"
+            )
+        self._fingerprint = fingerprint
 
     def _call(self, method: str, *arguments: Any) -> Any:
         from ray.exceptions import RayError

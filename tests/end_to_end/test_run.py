@@ -45,12 +45,12 @@ def last_json(text):
     return json.loads(text.strip().splitlines()[-1])
 
 
-def rays_below(directory):
-    """Ray processes that still run and were started from a working directory."""
+def rays_below(directory, names=("ray",)):
+    """Ray processes of these names that still run and were started from a working directory."""
     found = []
     for process in psutil.process_iter():
         try:
-            if "ray" in process.name() and process.cwd() == str(directory):
+            if any(name in process.name() for name in names) and process.cwd() == str(directory):
                 found.append(process.pid)
         except psutil.Error:
             continue
@@ -189,7 +189,7 @@ def small(tmp_path_factory):
         "teacher": {"model": str(teacher), "replicas": 1, "dtype": "float32"},
         "student": {"from_teacher": {"layers": [0, 3]}},
         "train": {
-            "steps": 60,
+            "steps": 300,
             "global_batch": 8,
             "micro_batch": 4,
             "num_workers": 2,
@@ -221,10 +221,11 @@ def test_run_killed_in_training_and_run_again_sees_the_rows_of_an_unbroken_run(s
         time.sleep(0.02)
     process.kill()
     process.wait()
-    while rays_below(small):
-        assert time.monotonic() < end, "processes outlived the killed run"
+    end = time.monotonic() + 20  # all that compute or write are gone by then; Ray's own agents take a minute
+    while rays_below(small, ("RayTrainWorker", "TrainController", "ServeReplica")):
+        assert time.monotonic() < end, "workers or replicas outlived the killed run"
         time.sleep(0.2)
-    assert not list((small / "broken").glob("student/*/checkpoints/step-00000060/manifest.json"))
+    assert not list((small / "broken").glob("student/*/checkpoints/step-00000300/manifest.json"))
 
     for name in ("broken", "whole"):
         done = raystill("train", "small.yaml", f"storage={small / name}", cwd=small, timeout=240)
@@ -233,7 +234,7 @@ def test_run_killed_in_training_and_run_again_sees_the_rows_of_an_unbroken_run(s
     for key in ("rows", "tokens", "rows_checksum"):
         assert broken[key] == whole[key], key
     assert broken["losses"] == pytest.approx(whole["losses"], rel=1e-4)
-    assert len(broken["losses"]) == 60
+    assert len(broken["losses"]) == 300
 
 
 def test_single_stages_go_on_where_train_ended(small):

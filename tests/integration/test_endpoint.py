@@ -134,6 +134,12 @@ def test_plain_client_asks_and_port_is_taken(endpoint: Running) -> None:
         check_port_free("127.0.0.1", endpoint.port)
 
 
+def test_endpoint_that_runs_is_not_replaced_by_another(endpoint: Running) -> None:
+    with pytest.raises(PortInUse, match="an endpoint runs on this Ray already"):
+        start_endpoint(EndpointConfig(port=endpoint.port), "other", endpoint.database)
+    assert endpoint.client().models.list().data[0].id == MODEL
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_client_that_leaves_stops_the_decoding(endpoint: Running, stream: bool) -> None:
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 370, "n": 60, "stream": stream, "stop": ["\0never\0"]}

@@ -127,13 +127,13 @@ def test_service_refusal_is_final_and_not_retried(service: Service, request_: An
     assert (after.calls - before.calls, after.retries - before.retries) == (1, 0)
 
 
-def test_service_of_another_teacher_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = TeacherClient(attempt_timeout_s=20, deadline_s=60)
-    monkeypatch.setattr(other, "_fingerprint", "another")
+def test_service_of_another_teacher_is_refused(service: Service) -> None:
+    other = TeacherClient(attempt_timeout_s=20, deadline_s=60, fingerprint="another")
     with pytest.raises(TeacherFailed, match=r"comes from teacher .*-float32, expected another"):
         other.score(make_request([4], DENSE))
-    with pytest.raises(TeacherFailed, match=r"the head is of teacher .*-float32, expected another"):
-        other.head()
+    for ask in (other.describe, other.head):
+        with pytest.raises(TeacherFailed, match=r"is .*-float32, expected another"):
+            ask()
     other.close()
 
 

@@ -1,0 +1,62 @@
+"""Commands, folders and links that the README files name exist and parse."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.config import load
+from jobs.__main__ import app
+from jobs.config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+PAGES = [path.relative_to(ROOT) for path in (ROOT / "README.md", *sorted(ROOT.glob("[a-z]*/**/README.md")))]
+
+
+def code_lines(page):
+    """Lines of code blocks (indented or fenced), without their comments."""
+    text = (ROOT / page).read_text()
+    fenced = [line for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    indented = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    inline = re.findall(r"`((?:raystill|make) [^`]+)`", text)
+    return [line.partition("  #")[0].strip() for line in (*fenced, *indented, *inline)]
+
+
+def commands(start):
+    return sorted({line for page in PAGES for line in code_lines(page) if line.startswith(start)})
+
+
+def test_readme_pages_are_found():
+    assert len(PAGES) >= 4
+    assert len(commands("raystill ")) >= 6
+
+
+@pytest.mark.parametrize("line", commands("raystill "))
+def test_readme_raystill_command_parses(line):
+    import typer.main
+
+    _, command, *arguments = shlex.split(line)
+    known = typer.main.get_command(app).commands
+    assert command in known
+    arguments = [argument for argument in arguments if argument != "--json"]
+    if arguments and command != "status" and arguments[0] != "CONFIG":
+        load(RunConfig, ROOT / arguments[0], arguments[1:])
+
+
+@pytest.mark.parametrize("line", commands("make "))
+def test_readme_make_target_exists(line):
+    targets = re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert line.split()[1] in targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_readme_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+        assert "://" in target or (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_readme_config_of_ones_own_is_valid():
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    RunConfig.model_validate(yaml.safe_load(block))
