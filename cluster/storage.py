@@ -8,6 +8,7 @@ Credentials and endpoint come from the usual AWS variables, read by boto3 itself
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -96,8 +97,9 @@ class LocalStorage(Storage):
         found = []
         if not self.root.is_dir():
             return []
-        base = self.root / prefix if (self.root / prefix).is_dir() else (self.root / prefix).parent
-        for path in base.rglob("*"):
+        base = self.root / prefix
+        starts = [base] if base.is_dir() else base.parent.glob(f"{glob.escape(base.name)}*")
+        for path in (item for start in starts for item in ([start] if start.is_file() else start.rglob("*"))):
             key = path.relative_to(self.root).as_posix()
             if not key.startswith(prefix) or path.name.endswith(_PARTIAL):
                 continue

@@ -120,6 +120,8 @@ class TeacherConfig(Config):
             raise ValueError(f"set either model or shape; found model={self.model}, shape={self.shape}")
         if (self.shape is None) != (self.train is None):
             raise ValueError("shape and train go together: a teacher made from a shape must be trained")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is less than replicas={self.replicas}; raise it")
         if self.deadline_s < self.attempt_timeout_s:
             raise ValueError(
                 f"deadline_s={self.deadline_s} is shorter than attempt_timeout_s={self.attempt_timeout_s}; raise it"
@@ -219,35 +221,34 @@ class RunConfig(Config):
         return raw
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
+    def _teacher_is_there_where_it_is_needed(self) -> Self:
+        shape = self.student.shape
         if self.teacher is None and self.distill.alpha < 1:
             raise ValueError(f"distill.alpha={self.distill.alpha} needs a teacher: set teacher.model, or alpha=1")
         if self.teacher is None and self.student.from_teacher is not None:
             raise ValueError("student.from_teacher needs a teacher: set teacher.model")
-        if (
-            self.teacher is not None
-            and self.teacher.shape is not None
-            and self.data.train_tokenizer is None
-            and not self.student.tokenizer
-        ):
-            raise ValueError(
-                "a teacher trained from a shape needs a tokenizer: set data.train_tokenizer or student.tokenizer"
-            )
-        if (
-            self.teacher is None
-            and self.student.shape is not None
-            and self.data.train_tokenizer is None
-            and not self.student.tokenizer
-        ):
-            raise ValueError(
-                "student.shape without a teacher needs a tokenizer: set data.train_tokenizer or student.tokenizer"
-            )
-        if self.teacher is None and self.student.shape is not None and "model_type" not in self.student.shape:
+        if self.teacher is None and shape is not None and "model_type" not in shape:
             raise ValueError("student.shape needs model_type when there is no teacher to take it from")
-        if self.teacher is not None and self.teacher.model is not None and self.data.train_tokenizer is not None:
-            raise ValueError(
-                f"data.train_tokenizer makes a new vocabulary, teacher.model={self.teacher.model} has its own: drop one"
-            )
+        if self.teacher is not None and self.teacher.shape is not None and "model_type" not in self.teacher.shape:
+            raise ValueError("teacher.shape needs model_type, for example model_type: llama")
+        return self
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> Self:
+        of_models = {
+            "teacher.model": self.teacher.model if self.teacher is not None else None,
+            "student.model": self.student.model,
+            "student.tokenizer": self.student.tokenizer,
+        }
+        given = [f"{name}={value}" for name, value in of_models.items() if value is not None]
+        if self.data.train_tokenizer is not None and given:
+            raise ValueError(f"data.train_tokenizer makes a new vocabulary, {', '.join(given)} has its own: drop one")
+        if self.data.train_tokenizer is None and not given:
+            raise ValueError("there is no tokenizer: set data.train_tokenizer or student.tokenizer")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
         if self.distils and self.teacher is not None:
             tokens = self.train.micro_batch * self.data.sequence_length
             if tokens > self.teacher.max_batch_tokens:
@@ -260,8 +261,6 @@ class RunConfig(Config):
             raise ValueError(
                 f"promote.scheme={self.promote.scheme} is not among quantize.schemes={self.quantize.schemes}: add it"
             )
-        if self.teacher is not None and self.teacher.shape is not None and "model_type" not in self.teacher.shape:
-            raise ValueError("teacher.shape needs model_type, for example model_type: llama")
         return self
 
     @property

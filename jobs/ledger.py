@@ -69,6 +69,14 @@ class Ledger:
         record = self.record(stage)
         return record if record is not None and record.key == key and record.status in ("done", "skipped") else None
 
+    def forget_after(self, stage: str) -> None:
+        """Drops the records of later stages: they were made from what this stage is about to make anew."""
+        later = [name for name in STAGES[STAGES.index(stage) + 1 :] if self.record(name) is not None]
+        for name in later:
+            self._storage.delete(f"stages/{name}.json")
+        if later:
+            self._storage.write_json(SUMMARY, self.summary())
+
     def write(self, stage: str, record: StageRecord) -> None:
         self._storage.write_json(f"stages/{stage}.json", vars(record))
         self._storage.write_json(SUMMARY, self.summary())

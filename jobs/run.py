@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from cluster.config import fingerprint
 from cluster.connection import connect
 from cluster.errors import ConfigError, UserError
 from cluster.storage import open_storage
@@ -84,6 +85,7 @@ def _do(this: Run, ledger: Ledger, stage: Stage, progress: ConsoleProgress) -> N
     key, started = this.keys[stage.name], time.monotonic()
     skipped = stage.name == "teacher" and this.config.teacher is None
     try:
+        ledger.forget_after(stage.name)
         output = stage.work(this, bar)
     except BaseException as error:
         bar.fail(type(error).__name__)
@@ -100,16 +102,20 @@ def _do(this: Run, ledger: Ledger, stage: Stage, progress: ConsoleProgress) -> N
 
 @contextlib.contextmanager
 def _tracking(this: Run) -> Iterator[Tracker]:
-    """The run's record in MLflow; a continued run goes on in the same one."""
+    """The run's record in MLflow: a new one for a new training; a run that goes on keeps its own."""
     config, storage, key = this.config, this.storage, "tracking.json"
-    uri = tracking_uri(config.state_directory)
+    uri, values = tracking_uri(config.state_directory), config.identity()
+    trained = {part: values.get(part) for part in ("data", "teacher", "student", "distill", "train")}
+    identity = {"uri": uri, "training": fingerprint(trained)}
     known: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError):
         known = storage.read_json(key)
-    run_id = known.get("run_id") if known.get("uri") == uri else None
+    run_id = known.get("run_id") if {**known, **identity} == known else None
     tracker = Tracker(uri, config.name, config.name, f"{storage.uri}/mlflow", run_id)
-    tracker.text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False), "config.yaml")
-    tracker.params(_flat(config.model_dump(mode="json", by_alias=True)))
+    resolved = config.model_dump(mode="json", by_alias=True)
+    tracker.text(yaml.safe_dump(resolved, sort_keys=False), "config.yaml")
+    if run_id is None:  # MLflow lets nobody change a parameter
+        tracker.params(_flat(resolved))
     tracker.tags({"raystill.storage": storage.uri, "raystill.data": str(this.outputs["prepare"]["fingerprint"])})
     status = "FAILED"
     try:
@@ -124,7 +130,7 @@ def _tracking(this: Run) -> Iterator[Tracker]:
         tracker.close(status)
         if tracker.run_id is not None:
             with contextlib.suppress(Exception):  # only saves a second record after a restart
-                storage.write_json(key, {"uri": uri, "run_id": tracker.run_id})
+                storage.write_json(key, {**identity, "run_id": tracker.run_id})
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

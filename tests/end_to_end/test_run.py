@@ -178,6 +178,21 @@ def test_demo_serve_answers_the_openai_client_until_interrupted(demo):
         assert process.wait(60) == 0
 
 
+def test_demo_with_another_gate_repeats_the_promotion_only(demo):
+    directory, overrides, _ = demo
+    more = [*overrides, "promote.max_quality_loss=0.06"]
+    promoted = raystill("promote", CONFIGS / "demo.yaml", *more, "--json", cwd=directory, timeout=120)
+    assert promoted.returncode == 0, promoted.stderr[-3000:]
+    summary = last_json(promoted.stdout)
+    assert summary["stages"]["promote"]["status"] == "done"
+    assert "serve" not in summary["stages"]  # what it asked is not known to hold for this champion
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{directory}/runs/demo/mlflow.db")
+    assert len(client.search_runs([client.get_experiment_by_name("demo").experiment_id])) == 1
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A config whose training takes a while, and a place for its runs."""

@@ -237,9 +237,14 @@ def test_very_long_value_does_not_flood_the_message():
             [*TRAINED[:2], "teacher.shape={hidden_size: 8}", *TRAINED[2:]],
             ["teacher.shape", "model_type", "for example"],
         ),
-        (["teacher=null", "distill.alpha=1"], ["student.shape", "data.train_tokenizer or student.tokenizer"]),
+        (
+            ["teacher=null", "distill.alpha=1", "student.shape.model_type=llama"],
+            ["no tokenizer", "data.train_tokenizer or student.tokenizer"],
+        ),
         (["teacher=null", "distill.alpha=1", "student.tokenizer=t"], ["student.shape", "model_type"]),
         (TRAINED[3:], ["data.train_tokenizer", "teacher.model=/teacher", "drop one"]),
+        ([*TRAINED, "student.tokenizer=/t"], ["data.train_tokenizer", "student.tokenizer=/t", "drop one"]),
+        (["teacher.replicas=3", "teacher.max_replicas=2"], ["max_replicas=2", "replicas=3", "raise it"]),
         (
             ["train.micro_batch=9", "data.sequence_length=100", "teacher.max_batch_tokens=899"],
             ["train.micro_batch=9", "data.sequence_length=100", "900", "is 899", "lower train.micro_batch"],

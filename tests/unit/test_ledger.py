@@ -57,6 +57,15 @@ def test_stage_done_is_seen_by_the_next_process_of_the_same_root(ledger, tmp_pat
     assert Ledger(open_storage(str(tmp_path)), "mine").done("prepare", "k").output == {"rows": {"train": 3}}
 
 
+def test_records_of_later_stages_are_dropped_when_one_is_made_anew(ledger, tmp_path):
+    for stage in ("prepare", "train", "evaluate", "serve"):
+        ledger.write(stage, StageRecord("k", "done", 1.0, {"models": {stage: {}}}))
+    ledger.forget_after("train")
+    assert [stage for stage in STAGES if ledger.record(stage) is not None] == ["prepare", "train"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["stages"]) == list(summary["models"]) == ["prepare", "train"]
+
+
 def test_record_of_another_version_of_raystill_counts_as_none(ledger, tmp_path):
     (tmp_path / "stages").mkdir()
     for content in ({"key": "k", "status": "done"}, {**vars(StageRecord("k", "done", 1.0, {})), "more": 1}, [1, 2]):
