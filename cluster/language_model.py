@@ -53,10 +53,12 @@ def load_causal_lm(model: str, dtype: torch.dtype = torch.float32, gguf_file: st
         ModelError: no config, no weights, or not a causal language model.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     found = check_model(model, gguf_file)
-    extra = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    extra: dict[str, Any] = {"use_safetensors": True}
+    if gguf_file:
+        extra = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(found, dtype=dtype, output_loading_info=True, **extra)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -196,7 +196,6 @@ def convert_gguf(model: str, gguf_file: str, storage_uri: str, prefix: str) -> N
 
     with TemporaryDirectory(prefix="raystill-convert-") as name:
         loaded = load_causal_lm(model, torch.bfloat16, gguf_file)
-        del loaded.config.quantization_config  # it names the GGUF file; these weights are plain
         loaded.save_pretrained(name)
         load_tokenizer(model, gguf_file).save_pretrained(name)
         publish_directory(Path(name), open_storage(storage_uri), prefix)

@@ -4,7 +4,6 @@ Read `train` first. What it leans on: `data` deals out rows, `prefetch` asks the
 `workers` adds up over ranks, `checkpoint` makes stopping harmless.
 """
 
-import contextlib
 import logging
 import math
 import time
@@ -48,17 +47,17 @@ def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, rep
     body, student_head = split(model)
     batches = GlobalBatches(store, config.global_batch, config.seed)
     validation = ExampleStore(storage, plan.store, "validation")
-    autocast = _autocast(config, workers.device)
-    signals = _Signals(plan, workers, teacher, student_head, autocast is not None)
+    dtype = choose_dtype(config.precision, workers.device)  # of the products; weights and sums are float32
+    signals = _Signals(plan, workers, teacher, student_head, dtype)
     objective = Objective(
         plan.distill.alpha if teacher else 1.0, plan.distill.temperature, plan.distill.divergence, plan.distill.jsd_beta
     )
 
     def loss_of(batch: MicroBatch, signal: Signal | None) -> Any:
-        with autocast or contextlib.nullcontext():
+        with torch.autocast(workers.device.type, dtype, enabled=dtype != torch.float32):
             hidden_ND = scored_hidden_states(body, batch, workers.device)
         targets_N = torch.from_numpy(batch.targets).to(workers.device)
-        return distillation_loss(hidden_ND, student_head, targets_N, signals.target(signal), objective)
+        return distillation_loss(hidden_ND.to(dtype), student_head, targets_N, signals.target(signal), objective)
 
     shares = signals.with_signals(
         batches.micro_batches(range(state.step, config.steps), workers.rank, workers.count, config.micro_batch)
@@ -138,7 +137,12 @@ class _Signals:
     """The teacher's side of a batch: asks ahead, and turns answers into targets. Does nothing without a teacher."""
 
     def __init__(
-        self, plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, student_head: OutputHead, reduced: bool
+        self,
+        plan: TrainPlan,
+        workers: Workers,
+        teacher: TeacherAnswers | None,
+        student_head: OutputHead,
+        dtype: torch.dtype,
     ) -> None:
         self._teacher, self._workers, self._head = teacher, workers, None
         self._counted = (0, 0, 0.0)
@@ -146,7 +150,6 @@ class _Signals:
             return
         description = teacher.describe()
         if plan.distill.signal == "hidden":
-            dtype = torch.bfloat16 if reduced else torch.float32
             self._head = teacher_head(teacher.head(), workers.device, dtype)
         self._columns = min(description.vocab_size, student_head.vocab_size)
         spec = SignalSpec(plan.distill.signal, self._columns, plan.distill.top_k, (plan.distill.temperature,))
@@ -207,12 +210,6 @@ def _optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
     vectors = [item for item in model.parameters() if item.requires_grad and item.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> Any:
-    name = config.precision
-    dtype = choose_dtype(name, device)
-    return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else None
 
 
 def _count(

@@ -30,8 +30,10 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 _LOG_FLOOR = -1e4
 """Log-probability of a token that the teacher rules out: finite, so that reverse KL is large instead of infinite."""
-_CHUNK_ELEMENTS = 1 << 20
-"""Logits formed at once: about 4 MiB per float32 temporary, which stays near the cache."""
+_CHUNK_ELEMENTS = 1 << 23
+"""Logits formed at once: 32 MiB per float32 temporary. Every chunk also adds a whole [V, D] gradient, so few positions
+at a large vocabulary cost more than leaving the cache does: at N=2048, D=576, V=49,152 one core took 5.1 s with chunks
+of 2^20, 2.7 s with 2^23 and 3.5 s with 2^25 (bfloat16 products); at V=2048 the size does not matter."""
 
 
 @dataclass(frozen=True)
