@@ -2,7 +2,8 @@
 
 Scoring is a pure function, so a request may always be asked again. The client does that for a listed set of failures
 (a replica died, none is there, none answered in time) until a deadline; the teacher's own errors are final. Who asks
-ahead is bounded by the bytes of the answers (`jobs.training.prefetch`), and takes them in the order of the questions.
+ahead is bounded by the bytes of the answers (`jobs.training.prefetch`), and takes them in the order of the questions;
+how many of the questions are with the teacher at once follows from how fast it answers (`services.teacher.pacing`).
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from cluster.errors import TeacherFailed, TeacherUnavailable
+from services.teacher.pacing import Pacing
 from services.teacher.schema import (
     HeadRecord,
     ScoreReply,
@@ -57,7 +59,7 @@ class TeacherClient:
 
     Args:
         app_name: the Serve application.
-        attempt_timeout_s: a request unanswered for so long is given to another replica.
+        attempt_timeout_s: a request unanswered for so long is given to another replica, and then has twice the time.
         deadline_s: after so long without an answer `TeacherUnavailable` is raised.
         fingerprint: of the teacher that is expected; answers of any other are refused. None takes the one found.
     """
@@ -87,6 +89,7 @@ class TeacherClient:
         self._app_name = app_name
         self._attempt_timeout_s, self._deadline_s = attempt_timeout_s, deadline_s
         self._threads = ThreadPoolExecutor(_MAX_CALLS_AT_ONCE, thread_name_prefix="teacher-call")
+        self._pacing = Pacing(_MAX_CALLS_AT_ONCE, attempt_timeout_s / 4)
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._fingerprint = fingerprint
@@ -118,12 +121,20 @@ class TeacherClient:
         return replace(reply, signal=copied(reply.signal))
 
     def submit(self, request: ScoreRequest) -> "Future[ScoreReply]":
-        """`score` in the background. Retries are made there, so a lost replica delays only what it held."""
-        return self._threads.submit(self.score, request)
+        """`score` in the background, as soon as the teacher keeps up. Retries are made there, so a lost replica delays
+        only what it held."""
+        return self._threads.submit(self._score_in_turn, request)
+
+    def _score_in_turn(self, request: ScoreRequest) -> ScoreReply:
+        with self._pacing.place():
+            if self._closed.is_set():
+                raise TeacherUnavailable(f"teacher {self._app_name!r}: not asked any more, the client was closed")
+            return self.score(request)
 
     def close(self) -> None:
         """Gives up what is still asked: no further attempts are made."""
         self._closed.set()
+        self._pacing.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _expect(self, fingerprint: str) -> None:
@@ -140,7 +151,7 @@ class TeacherClient:
         from ray.serve.exceptions import RayServeException
 
         end = time.monotonic() + self._deadline_s
-        attempt = 0
+        attempt, patience_s = 0, self._attempt_timeout_s
         while True:
             with self._lock:
                 self.counters.calls += 1
@@ -148,10 +159,11 @@ class TeacherClient:
             response = None
             try:
                 response = getattr(self._handle, method).remote(*arguments)
-                return response.result(timeout_s=max(0.01, min(self._attempt_timeout_s, end - time.monotonic())))
+                return response.result(timeout_s=max(0.001, min(patience_s, end - time.monotonic())))
             except (RayError, RayServeException, TimeoutError) as error:
                 self._check_worth_retrying(method, error)
                 if response is not None and isinstance(error, TimeoutError):
+                    patience_s *= 2  # a teacher that is slow, and not dead, must be able to answer in the end
                     with contextlib.suppress(Exception):  # it may have failed in the meantime
                         response.cancel()
                 attempt += 1

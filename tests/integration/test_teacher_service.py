@@ -137,6 +137,14 @@ def test_service_of_another_teacher_is_refused(service: Service) -> None:
     other.close()
 
 
+def test_service_slower_than_an_attempt_answers_in_the_end(service: Service) -> None:
+    hasty = TeacherClient(attempt_timeout_s=0.001, deadline_s=60)
+    request = make_request([4, 9], DENSE)
+    assert_same_signal(service.client.score(request).signal, hasty.submit(request).result(60).signal)
+    assert hasty.counters.retries > 0
+    hasty.close()
+
+
 def test_service_replica_killed_under_load_loses_and_doubles_nothing(service: Service) -> None:
     client = service.client
     victims = replica_pids()

@@ -195,6 +195,50 @@ def test_load_gives_the_saved_weights_in_the_asked_dtype(tmp_path):
             assert torch.equal(value, expected[name].to(dtype)), name
 
 
+def save_gguf(model: Any, path: Any) -> None:
+    """A Llama as other programs write it: names of its own, rows of q and k interleaved, 8-bit matrices."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        array = value.numpy()
+        if "q_proj" in name or "k_proj" in name:
+            heads = config.num_attention_heads
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        kind = gguf.GGMLQuantizationType.Q8_0 if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(
+            names.get_name(name, (".weight",)), gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_load_of_a_gguf_file_gives_plain_weights_that_can_be_saved(tmp_path):
+    original = tiny.model()
+    save_gguf(original, tmp_path / "tiny.gguf")
+    loaded = load_causal_lm(str(tmp_path), torch.float32, "tiny.gguf")
+    loaded.save_pretrained(tmp_path / "plain")
+    again = load_causal_lm(str(tmp_path / "plain"))
+    token_ids = torch.arange(1, 40)[None]
+    with torch.no_grad():
+        of_original, of_loaded, of_again = (item(token_ids).logits for item in (original, loaded, again))
+    assert torch.equal(of_loaded, of_again)
+    assert torch.nn.functional.cosine_similarity(of_original, of_loaded, dim=-1).min() > 0.999
+
+
 def edit_weights(directory: Any, change: Any) -> None:
     from safetensors.torch import load_file, save_file
 
