@@ -19,7 +19,7 @@ format: .venv/made
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-smollm2: .venv/smollm2  ## the same line with a real pretrained teacher, about 25 minutes
+smollm2: .venv/smollm2  ## the same line with a real pretrained teacher, about 20 minutes
 	$(BIN)/raystill run jobs/configs/smollm2_135m_to_50m_cpu.yaml
 
 # Kept apart so that a start finds it made; remade when what is wanted changes.

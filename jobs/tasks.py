@@ -5,7 +5,6 @@ make it.
 """
 
 import contextlib
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -39,7 +38,6 @@ def run_task(function: Callable[..., T], *arguments: Any, bar: Bar | None = None
             with contextlib.suppress(Exception):  # a late report is drawn next time
                 for report in ray.get(board.take.remote(), timeout=5):
                     bar.update(report["step"], str(report.get("model", "")))
-            time.sleep(0)
     try:
         return ray.get(pending)
     except RayTaskError as error:
