@@ -41,22 +41,22 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
     stages = list(ALL_STAGES)
     while stages and _take_if_done(this, ledger, stages[0]):
         stages.pop(0)
-    todo = [stage for stage in stages if only is None or stage.name in only]
-    if not todo:
+    pending = [stage for stage in stages if only is None or stage.name in only]
+    if not pending:
         progress.say(f"{config.name}: nothing to do, everything asked for is done in {storage.uri}")
         return ledger.summary()
     if stages[0].name not in (only or (stages[0].name,)):
         command = "train" if stages[0].name == "teacher" else stages[0].name
         raise ConfigError(
-            f"stage {todo[0].name} needs {stages[0].name}, which is not done for this config in {storage.uri}: "
+            f"stage {pending[0].name} needs {stages[0].name}, which is not done for this config in {storage.uri}: "
             f"`raystill {command}` comes first, or use `raystill run`"
         )
-    answers = any(stage.name == "serve" for stage in todo)
+    answers = any(stage.name == "serve" for stage in pending)
     if answers:
         check_port_free(config.serve.host, config.serve.port)
     with contextlib.ExitStack() as stack:
         stack.enter_context(progress)
-        for stage in todo:
+        for stage in pending:
             if _take_if_done(this, ledger, stage):
                 continue
             if stage.needs_cluster and this.connection is None:
