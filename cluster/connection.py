@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import Config, execution
+from cluster.errors import ClusterUnreachable
 from cluster.resources import logical_cpus, process_environment
 
 logger = logging.getLogger(__name__)
@@ -43,9 +45,27 @@ class Connection:
     """Directory with the logs of all processes of an embedded Ray."""
 
 
+def check_address(address: str) -> None:
+    """Raises `ClusterUnreachable` if nothing listens at `host:port`; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():  # `auto`, `local`: for Ray to find
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ClusterUnreachable(
+            f"cluster.address (or RAY_ADDRESS) {address}: no connection ({error.strerror or error}); check the "
+            "address, or leave it out for a Ray on this machine"
+        ) from None
+
+
 @contextlib.contextmanager
 def connect(config: ClusterConfig) -> Iterator[Connection]:
-    """Connects to Ray for the length of the block; an embedded Ray ends with it."""
+    """Connects to Ray for the length of the block; an embedded Ray ends with it.
+
+    Raises:
+        ClusterUnreachable: no Ray answers at the address.
+    """
     address = config.resolved_address()
     os.environ.update({key: os.environ.get(key, value) for key, value in process_environment().items()})
     if address is None and "ray" not in sys.modules:
@@ -61,7 +81,14 @@ def connect(config: ClusterConfig) -> Iterator[Connection]:
         return
     if address is not None:
         environment = process_environment()
-        ray.init(address, runtime_env={"env_vars": environment}, log_to_driver=False, logging_level=logging.WARNING)
+        check_address(address)
+        try:
+            ray.init(address, runtime_env={"env_vars": environment}, log_to_driver=False, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise ClusterUnreachable(
+                f"cluster.address (or RAY_ADDRESS) {address}: Ray does not let us in ({error}); if the cluster asks "
+                "for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            ) from error
         try:
             yield Connection(False, max(ray.cluster_resources().get("CPU", 0), config.num_cpus or 0), None)
         finally:

@@ -8,6 +8,7 @@
     │   ├── TokenizerMismatch(ValueError)   teacher and student do not share a vocabulary
     │   ├── StorageError(OSError)           a storage root that cannot be written or read
     │   ├── PlacementError(RuntimeError)    more replicas or workers than the cluster can ever hold
+    │   ├── ClusterUnreachable(ConnectionError)  no Ray answers at the address
     │   └── PortInUse(OSError)
     ├── TeacherUnavailable(ConnectionError) no replica answered within the deadline
     ├── TeacherFailed(RuntimeError)         a teacher answered with an error, or with something else than was asked
@@ -50,6 +51,10 @@ class StorageError(UserError, OSError):
 
 
 class PlacementError(UserError, RuntimeError):
+    pass
+
+
+class ClusterUnreachable(UserError, ConnectionError):
     pass
 
 

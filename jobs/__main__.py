@@ -81,7 +81,8 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
 
         loaded = _load(config, overrides)
         check_champion(loaded)
-        check_port_free(loaded.serve.host, loaded.serve.port)
+        if not loaded.cluster.resolved_address():  # a cluster may have a Serve there, for us to use
+            check_port_free(loaded.serve.host, loaded.serve.port)
         with connect(loaded.cluster):
             serve_until_interrupted(loaded, typer.echo)
 

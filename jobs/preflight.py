@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from cluster.champions import database_url, open_database
-from cluster.connection import Connection
+from cluster.connection import Connection, check_address
 from cluster.errors import ConfigError, ModelError, PlacementError, UserError
 from cluster.pretrained import check_model, check_same_vocabulary, load_tokenizer, locate
 from cluster.resources import check_placement, logical_cpus, threads_each
@@ -29,7 +29,10 @@ def check_config(config: RunConfig) -> None:
     _check_models(config)
     if os.environ.get("RAYSTILL_DATABASE_URL"):  # else a file below the storage root, made when it is needed
         open_database(database_url(config.state_directory)).dispose()
-    if not config.cluster.resolved_address():
+    address = config.cluster.resolved_address()
+    if address:
+        check_address(address)
+    else:
         check_cpus(config, logical_cpus(config.cluster.num_cpus), "this machine")
         if any(_wanted_gpus(config)):
             import torch

@@ -52,7 +52,7 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
             f"`raystill {command}` comes first, or use `raystill run`"
         )
     answers = any(stage.name == "serve" for stage in pending)
-    if answers:
+    if answers and not config.cluster.resolved_address():  # a cluster may have a Serve there, for us to use
         check_port_free(config.serve.host, config.serve.port)
     with contextlib.ExitStack() as stack:
         stack.enter_context(progress)

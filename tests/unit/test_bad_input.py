@@ -118,6 +118,11 @@ CASES = {
         ["train.num_workers=64", "train.global_batch=64", "cluster.num_cpus=8"],
         "PlacementError",
     ),
+    "cluster_does_not_answer": Case(
+        ["cluster.address", "127.0.0.1:1", "no connection", "check the address"],
+        ["cluster.address=127.0.0.1:1"],
+        "ClusterUnreachable",
+    ),
     "storage_not_writable": Case(
         ["in/empty.jsonl/below", "not writable", "choose another root with storage="],
         ["storage=in/empty.jsonl/below"],
