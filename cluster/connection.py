@@ -11,12 +11,14 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import Config, execution
 from cluster.errors import ClusterUnreachable
+from cluster.interrupts import raise_on_signals
 from cluster.resources import logical_cpus, process_environment
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,20 @@ def check_address(address: str) -> None:
         ) from None
 
 
+def while_ray_lives(work: Callable[[], None]) -> None:
+    """Does something with Ray; gives up if the embedded Ray's own processes have ended, for which Ray waits a minute.
+
+    A signal to the whole process group (a terminal that closes, `timeout`, systemd) ends them together with the driver.
+    """
+    import ray
+
+    thread = threading.Thread(target=work, name="while-ray-lives", daemon=True)
+    thread.start()
+    node = ray._private.worker._global_node
+    while thread.is_alive() and not (node is not None and node.dead_processes()):
+        thread.join(0.2)
+
+
 @contextlib.contextmanager
 def connect(config: ClusterConfig) -> Iterator[Connection]:
     """Connects to Ray for the length of the block; an embedded Ray ends with it.
@@ -89,6 +105,7 @@ def connect(config: ClusterConfig) -> Iterator[Connection]:
                 f"cluster.address (or RAY_ADDRESS) {address}: Ray does not let us in ({error}); if the cluster asks "
                 "for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from error
+        raise_on_signals()
         try:
             yield Connection(False, max(ray.cluster_resources().get("CPU", 0), config.num_cpus or 0), None)
         finally:
@@ -110,8 +127,12 @@ def connect(config: ClusterConfig) -> Iterator[Connection]:
             logging_level=logging.WARNING,
             _temp_dir=directory,
         )
+        raise_on_signals()
         yield Connection(True, num_cpus, f"{directory}/session_latest/logs")
         done = True
+    except KeyboardInterrupt:
+        done = True  # nothing in the logs that somebody would look for
+        raise
     finally:
         ray.shutdown()
         if done:

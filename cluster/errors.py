@@ -9,6 +9,7 @@
     │   ├── StorageError(OSError)           a storage root that cannot be written or read
     │   ├── PlacementError(RuntimeError)    more replicas or workers than the cluster can ever hold
     │   ├── ClusterUnreachable(ConnectionError)  no Ray answers at the address
+    │   ├── RunInProgress(RuntimeError)     another process works on the same run
     │   └── PortInUse(OSError)
     ├── TeacherUnavailable(ConnectionError) no replica answered within the deadline
     ├── TeacherFailed(RuntimeError)         a teacher answered with an error, or with something else than was asked
@@ -16,6 +17,7 @@
     ├── CorruptArtifact(ValueError)         files that do not match their manifest
     ├── TrainingFailed(RuntimeError)        the worker group failed more often than allowed
     ├── QuantizationFailed(RuntimeError)    an artefact that does not reload to the same function
+    ├── RegistryFailed(RuntimeError)        MLflow's registry did not take a version
     └── PromotionRefused(RuntimeError)      the gate said no, or another promotion won
 
 A message says what was asked, what was found, and what to do.
@@ -58,6 +60,10 @@ class ClusterUnreachable(UserError, ConnectionError):
     pass
 
 
+class RunInProgress(UserError, RuntimeError):
+    pass
+
+
 class PortInUse(UserError, OSError):
     pass
 
@@ -83,6 +89,10 @@ class TrainingFailed(RaystillError, RuntimeError):
 
 
 class QuantizationFailed(RaystillError, RuntimeError):
+    pass
+
+
+class RegistryFailed(RaystillError, RuntimeError):
     pass
 
 

@@ -87,7 +87,7 @@ def split(model: Any) -> tuple[nn.Module, OutputHead]:
     try:
         with torch.no_grad():
             problem = _difference(model, body, head)
-    except (TypeError, RuntimeError, IndexError) as error:
+    except (TypeError, RuntimeError, IndexError, AttributeError) as error:
         problem = f"cannot be run on packed sequences ({_first_line(error)})"
     finally:
         model.train(was_training)
@@ -98,6 +98,10 @@ def split(model: Any) -> tuple[nn.Module, OutputHead]:
 
 def _difference(model: Any, body: nn.Module, head: OutputHead) -> str | None:
     """What a model does differently from a body and a head over packed sequences, if anything."""
+    if _turns_with_company(model.config):
+        return (
+            "rotates its positions by the longest sequence of a batch (longrope), so an answer would depend on others"
+        )
     device = head.weight_VD.device
     probe_T = torch.arange(1, 9, device=device) % head.vocab_size
     positions_T = torch.arange(8, device=device)
@@ -120,6 +124,13 @@ def _difference(model: Any, body: nn.Module, head: OutputHead) -> str | None:
     if differ(packed_2TD[0, 4:], alone_TD) or differ(packed_2TD[1, 4:7], packed_2TD[0, 4:7]):
         return "lets a token see later ones, or other sequences in the same row"
     return None
+
+
+def _turns_with_company(config: Any) -> bool:
+    """Whether rotary embeddings have two sets of factors, and the longest sequence of a batch chooses one for all."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    sets = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # one, or one for each kind of layer
+    return any(item.get("rope_type", item.get("type")) == "longrope" for item in sets)
 
 
 def output_head(model: Any) -> OutputHead:

@@ -26,7 +26,10 @@ def locate(model: str) -> str:
     """
     if model.startswith("package://"):
         name = model.removeprefix("package://")
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(
                 f"model {model}: Python package {name} is not installed; pip install {name.replace('_', '-')}"
@@ -120,6 +123,16 @@ def check_same_vocabulary(teacher: Any, student: Any, teacher_name: str, student
     )
 
 
+def _published_files(manifest: Path) -> dict[str, Any] | None:
+    """What our manifest says of a directory's files; None without one, or if it is somebody else's."""
+    try:
+        found = json.loads(manifest.read_text())
+    except (OSError, ValueError):
+        return None
+    files = found.get("files") if isinstance(found, dict) else None
+    return files if isinstance(files, dict) else None
+
+
 def model_fingerprint(directory: str | Path) -> str:
     """The identity of a model directory: its manifest if it has one; else the config and, of every weight file, size,
     header and samples from start, middle and end (so that naming 100 GB does not mean reading 100 GB)."""
@@ -128,8 +141,9 @@ def model_fingerprint(directory: str | Path) -> str:
         return hashlib.sha256(str(directory).encode()).hexdigest()[:16]
     digest = hashlib.sha256()
     manifest = directory / MANIFEST
-    if manifest.is_file():
-        digest.update(json.dumps(json.loads(manifest.read_text())["files"], sort_keys=True).encode())
+    files = _published_files(manifest)
+    if files is not None:
+        digest.update(json.dumps(files, sort_keys=True).encode())
         return digest.hexdigest()[:16]
     for path in sorted([*directory.glob("config.json"), *directory.glob("*.safetensors"), *directory.glob("*.gguf")]):
         size = path.stat().st_size

@@ -26,6 +26,7 @@ def process_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "ORT_DISABLE_TELEMETRY": "1",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",

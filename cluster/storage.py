@@ -99,7 +99,7 @@ class LocalStorage(Storage):
             return []
         base = self.root / prefix
         starts = [base] if base.is_dir() else base.parent.glob(f"{glob.escape(base.name)}*")
-        for path in (item for start in starts for item in ([start] if start.is_file() else start.rglob("*"))):
+        for path in (item for start in starts for item in ([start] if start.is_file() else _files(start))):
             key = path.relative_to(self.root).as_posix()
             if not key.startswith(prefix) or path.name.endswith(_PARTIAL):
                 continue
@@ -257,6 +257,19 @@ class S3Storage(Storage):
 _PARTIAL = ".partial"
 
 
+def _files(directory: Path) -> Iterator[Path]:
+    """All files below a directory, through links too; a directory that holds itself is entered once."""
+    seen = set()
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for parent, names, files in os.walk(directory, onerror=refuse, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        names[:] = [name for name in names if os.path.realpath(os.path.join(parent, name)) not in seen]
+        yield from (Path(parent, name) for name in files)
+
+
 def open_storage(uri: str) -> Storage:
     """Storage rooted at `file:///dir`, `s3://bucket/prefix`, or a plain local path."""
     parsed = urlparse(uri)
@@ -324,6 +337,8 @@ def fetch_directory(storage: Storage, prefix: str, into: Path) -> dict[str, Any]
     manifest = read_manifest(storage, prefix)
     if manifest is None:
         raise FileNotFoundError(f"{storage.uri}/{prefix}: no {MANIFEST}")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CorruptArtifact(f"{storage.uri}/{prefix}: its {MANIFEST} names no files")
     into.mkdir(parents=True, exist_ok=True)
     for name, expected in manifest["files"].items():
         path = into / _checked(name)
@@ -339,6 +354,22 @@ def fetch_directory(storage: Storage, prefix: str, into: Path) -> dict[str, Any]
             )
     (into / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
     return manifest
+
+
+def check_directory(uri: str, expected_sha256: str) -> None:
+    """Reads a published directory through.
+
+    Raises:
+        CorruptArtifact: it is not there, is not the one with this manifest, or a file differs from the manifest.
+    """
+    storage, name = split_uri(uri)
+    with tempfile.TemporaryDirectory(prefix="raystill-check-") as into:
+        try:
+            manifest = fetch_directory(storage, name, Path(into))
+        except FileNotFoundError as error:
+            raise CorruptArtifact(f"{uri}: nothing whole is there ({error})") from error
+    if manifest_sha256(manifest) != expected_sha256:
+        raise CorruptArtifact(f"{uri}: its manifest is not the one that was registered")
 
 
 def localize(uri: str, cache: Path | None = None) -> Path:

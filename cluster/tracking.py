@@ -8,13 +8,14 @@ registration that did not happen must not look like one. Default store: SQLite b
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ModelError
+from cluster.errors import ModelError, RegistryFailed
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,17 @@ def tracking_uri(state_directory: Path) -> str:
 
 
 def _client(uri: str) -> Any:
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return _mlflow().MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+_importing = threading.Lock()
+
+
+def _mlflow() -> Any:
+    """The package, imported by one thread at a time: its modules import each other in circles, and two threads in them
+    deadlock."""
     # With its defaults the client hangs for minutes on a server that is down.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -35,11 +47,12 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    from mlflow import MlflowClient
+    with _importing:
+        import mlflow
+        import mlflow.entities
+        import mlflow.exceptions
 
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        return mlflow
 
 
 class Tracker:
@@ -48,7 +61,7 @@ class Tracker:
     Args:
         uri: tracking URI.
         experiment: created if missing, with `artifact_location`.
-        run_id: continue this run; empty starts a new one.
+        run_id: continue this run; a new one is started without, and if the store does not know it.
     """
 
     def __init__(
@@ -59,11 +72,14 @@ class Tracker:
         self.run_id = run_id
         self.dropped = 0
         self._warned = False
+        self._started = threading.Event()
+        self._is_new = run_id is None
         self._queue: queue.Queue[tuple[str, Any, int] | None] = queue.Queue(_QUEUE)
         self._thread = threading.Thread(target=self._write, name="tracking", daemon=True)
         self._thread.start()
 
     def params(self, values: dict[str, Any]) -> None:
+        """Taken for a new run only: MLflow lets nobody change a parameter."""
         self._put("params", values, 0)
 
     def tags(self, values: dict[str, str]) -> None:
@@ -87,9 +103,9 @@ class Tracker:
     def wait_started(self, timeout_s: float = 60.0) -> str | None:
         """The run's id once the run exists, or None if tracking does not come up in time."""
         end = time.monotonic() + timeout_s
-        while self.run_id is None and self._thread.is_alive() and time.monotonic() < end:
-            time.sleep(0.05)
-        return self.run_id
+        while not self._started.wait(0.05) and self._thread.is_alive() and time.monotonic() < end:
+            pass
+        return self.run_id if self._started.is_set() else None
 
     def _put(self, kind: str, value: Any, step: int) -> None:
         try:
@@ -106,7 +122,8 @@ class Tracker:
     def _write(self) -> None:
         try:
             client = _client(self._uri)
-            if self.run_id is None:
+            self._is_new = self.run_id is None or not self._continues(client)
+            if self._is_new:
                 experiment = client.get_experiment_by_name(self._experiment)
                 experiment_id = (
                     experiment.experiment_id
@@ -114,8 +131,7 @@ class Tracker:
                     else client.create_experiment(self._experiment, artifact_location=self._artifact_location)
                 )
                 self.run_id = client.create_run(experiment_id, run_name=self._run_name).info.run_id
-            else:
-                client.update_run(self.run_id, status="RUNNING")
+            self._started.set()
         except Exception as error:  # tracking must never stop a run
             logger.warning("tracking at %s is off for this run: %s", self._uri, _first_line(error))
             return
@@ -132,15 +148,23 @@ class Tracker:
                 batch.append(following)
             self._send(client, batch)
 
-    def _send(self, client: Any, batch: list[tuple[str, Any, int]]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+    def _continues(self, client: Any) -> bool:
+        """Sets the run to running again; False if the store does not know it (any more)."""
+        try:
+            client.update_run(self.run_id, status="RUNNING")
+            return True
+        except _mlflow().exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
 
+    def _send(self, client: Any, batch: list[tuple[str, Any, int]]) -> None:
+        entities = _mlflow().entities
         now = int(time.time() * 1000)
-        metrics = [
-            Metric(k, float(v), now, step) for kind, vs, step in batch if kind == "metrics" for k, v in vs.items()
-        ]
-        params = [Param(k, str(v)[:500]) for kind, vs, _ in batch if kind == "params" for k, v in vs.items()]
-        tags = [RunTag(k, str(v)) for kind, vs, _ in batch if kind == "tags" for k, v in vs.items()]
+        items = [(kind, k, v, step) for kind, vs, step in batch if isinstance(vs, dict) for k, v in vs.items()]
+        metrics = [entities.Metric(k, float(v), now, step) for kind, k, v, step in items if kind == "metrics"]
+        params = [entities.Param(k, str(v)[:500]) for kind, k, v, _ in items if kind == "params" and self._is_new]
+        tags = [entities.RunTag(k, str(v)) for kind, k, v, _ in items if kind == "tags"]
         # MLflow's limits for one call. Each goes by itself, so that one bad record costs no other.
         for what, records, limit in (("metrics", metrics, 1000), ("params", params, 100), ("tags", tags, 100)):
             for start in range(0, len(records), limit):
@@ -164,15 +188,29 @@ class Tracker:
 def register_version(
     uri: str, model_name: str, source: str, manifest_sha256: str, run_id: str | None, tags: dict[str, str]
 ) -> str:
-    """Registers a published directory as a version; returns its number. The same directory gives the same version."""
-    client = _client(uri)
-    from mlflow.exceptions import MlflowException
+    """Registers a published directory as a version; returns its number. The same directory gives the same version.
 
+    Raises:
+        RegistryFailed: the registry cannot be reached, or refuses.
+    """
+    failure = _mlflow().exceptions.MlflowException
     try:
-        client.create_registered_model(model_name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+        client = _client(uri)
+        try:
+            client.create_registered_model(model_name)
+        except failure as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        return _version(client, model_name, source, manifest_sha256, run_id, tags)
+    except failure as error:
+        raise RegistryFailed(
+            f"registry {_without_password(uri)}: {model_name} was not registered ({_first_line(error)}); run it again"
+        ) from error
+
+
+def _version(
+    client: Any, model_name: str, source: str, manifest_sha256: str, run_id: str | None, tags: dict[str, str]
+) -> str:
     for version in client.search_model_versions(f"name='{model_name}'"):
         if version.tags.get("manifest_sha256") == manifest_sha256 and version.source == source:
             return str(version.version)
@@ -206,6 +244,10 @@ def version_uri(model: str, uri: str | None = None) -> str:
         return str(client.get_model_version(name, version).source)
     except Exception as error:
         raise ModelError(f"model {model}: not found in the registry at {tracking} ({_first_line(error)})") from error
+
+
+def _without_password(uri: str) -> str:
+    return re.sub(r"//([^:/@]*):[^@]*@", r"//\1:***@", uri)
 
 
 def _first_line(error: BaseException) -> str:

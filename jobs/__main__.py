@@ -5,8 +5,12 @@ standard output. Exit code 0: everything asked for is done; 2: a mistake in the 
 1: anything else.
 """
 
+import errno
 import json
 import os
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; shipped ones are in jobs/configs/.")]
@@ -106,7 +111,8 @@ def status(
             root = name if "/" in name else f"runs/{name}"
         summary = read_status(root)
         if summary is None:
-            raise ConfigError(f"status {name}: no run in {root}; give a run's name, config or storage root")
+            where = root if "://" in root else Path(root).absolute()
+            raise ConfigError(f"status {name}: no run in {where}; give a run's name, config or storage root")
         _print(summary, as_json)
 
     _guard(work, as_json)
@@ -129,10 +135,15 @@ def _stages(config: Path, overrides: list[str] | None, as_json: bool, only: tupl
         summary = run_stages(loaded, ConsoleProgress(), only)
         _print(summary, as_json)
         if only is None and not as_json:
-            command = " ".join(["raystill serve", str(config), *(overrides or [])])
-            typer.echo(f"Keep the endpoint up:  {command}")
+            typer.echo(f"The student: {summary['stages']['train']['model']}")
+            typer.echo(f"Keep the endpoint up:  {shlex.join([_program(), 'serve', str(config), *(overrides or [])])}")
 
     _guard(work, as_json)
+
+
+def _program() -> str:
+    """How this program is called from here: by its name if that is on the path."""
+    return "raystill" if shutil.which("raystill") else os.path.relpath(sys.argv[0])
 
 
 def _load(config: Path, overrides: list[str] | None) -> Any:
@@ -157,9 +168,11 @@ def _guard(work: Any, as_json: bool) -> None:
     """Runs a command; a known error becomes one line and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from cluster.errors import RaystillError, UserError
+    from cluster.interrupts import exit_code, raise_on_signals
     from cluster.logs import setup_logging
 
     setup_logging()
+    raise_on_signals()
     try:
         work()
     except RaystillError as error:
@@ -171,7 +184,15 @@ def _guard(work: Any, as_json: bool) -> None:
         raise SystemExit(code) from None
     except KeyboardInterrupt:
         typer.echo("raystill: interrupted; run the same command again to go on", err=True)
-        raise SystemExit(130) from None
+        raise SystemExit(exit_code()) from None
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        typer.echo(f"raystill: {error.strerror}: {error.filename or 'a file'}; make room, then run it again", err=True)
+        raise SystemExit(1) from None
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from services.teacher.schema import SignalKind
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$"), AfterValidator(lambda name: _no_dots(name))]
 Scalar = bool | int | float | str | None
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _no_dots(name: str) -> str:
@@ -66,13 +67,14 @@ class TrainConfig(Config):
     """Peak rate, reached after the warm-up; then a cosine down to `final_rate` times it."""
     final_rate: float = Field(0.1, ge=0, le=1)
     warmup_steps: int = Field(20, ge=0)
+    """At most half of the steps are taken for it."""
     weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`bfloat16` is autocast with float32 weights; `auto` takes it on a GPU, and on processors that multiply it."""
     gradient_checkpointing: bool = execution(False)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     validate_every: int = execution(100, ge=1)
     validation_rows: int = execution(128, ge=1)
     checkpoint_every: int = execution(100, ge=1)
@@ -109,7 +111,7 @@ class TeacherConfig(Config):
     max_batch_tokens: int = execution(16384, ge=1)
     """Waiting requests are merged up to this many tokens."""
     attempt_timeout_s: float = execution(60, gt=0)
-    """A request that takes longer is sent to another replica."""
+    """A request that takes longer is asked again, and then has twice the time."""
     deadline_s: float = execution(600, gt=0)
     """After this long without an answer training stops with an error."""
     window_mb: float = execution(64, gt=0)
@@ -157,7 +159,7 @@ class DistillConfig(Config):
 
     alpha: float = Field(0.1, ge=0, le=1)
     """Weight of the cross-entropy with the text; at 1 no teacher is asked."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.01, le=1000)
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     jsd_beta: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of the Jensen-Shannon divergence."""
@@ -169,7 +171,8 @@ class DistillConfig(Config):
 class EvaluateConfig(Config):
     max_rows: int = Field(1024, ge=1)
     """Held-out rows scored."""
-    batch_rows: int = execution(16, ge=1)
+    batch_rows: int = Field(16, ge=1)
+    """Rows scored at once; ONNX int8 quantises activations over a whole batch, so its figures depend on it a little."""
 
 
 QuantizationScheme = Literal["int8_weight_only", "onnx_int8"]

@@ -39,13 +39,20 @@ def find_sources(uris: list[str]) -> list[Source]:
     """
     found: list[Source] = []
     for uri in uris:
+        if not uri.strip():
+            raise CorpusError("data.sources holds an empty name; give a file, a directory or an s3:// URI")
         storage = open_storage(uri)
         if isinstance(storage, LocalStorage) and storage.root.is_file():
             listed = _object(LocalStorage(storage.root.parent), storage.root.name)
         elif not isinstance(storage, LocalStorage) and uri.endswith(ENDINGS):
             listed = _object(*split_uri(storage.uri))
         else:
-            listed = [Source(storage, item) for item in storage.list() if item.key.endswith(ENDINGS)]
+            try:
+                listed = [Source(storage, item) for item in storage.list() if item.key.endswith(ENDINGS)]
+            except PermissionError as error:
+                raise CorpusError(
+                    f"data.sources {uri}: cannot be listed ({error}); name a narrower directory"
+                ) from None
         if not listed:
             raise CorpusError(f"data.sources {uri}: nothing there that ends in {', '.join(ENDINGS)}; check the path")
         for source in listed:
@@ -102,7 +109,7 @@ def _jsonl(source: Source, text_column: str) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError too
                 raise CorpusError(
                     f"source {source.uri}: line {number} is not JSON ({error}); the file may be cut off"
                 ) from error
@@ -113,6 +120,13 @@ def _jsonl(source: Source, text_column: str) -> Iterator[str]:
                     f"source {source.uri}: line {number} has no text in {text_column!r} "
                     f"(found: {keys}); set data.text_column"
                 )
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise CorpusError(
+                    f"source {source.uri}: line {number} has half a character (\\u{ord(text[error.start]):x} alone); "
+                    "repair or remove it"
+                ) from None
             yield text
 
 

@@ -1,9 +1,10 @@
-"""Held-out quality, size and speed of models, each loaded from its directory in a process of its own.
+"""Held-out quality, size and speed of models, loaded from their directories in a process that did not make them.
 
 One measure for all: float teacher and student, torchao and ONNX artefacts. Speed is what scoring the held-out rows
 takes here and now, heads included; it is never inferred from bit widths.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cluster.errors import ModelError
 from cluster.storage import localize, open_storage
 from jobs.config import EvaluateConfig
 
@@ -77,6 +79,8 @@ def measure(
         rows += len(batch.row_ids)
         report(rows)
     seconds = time.perf_counter() - started
+    if not math.isfinite(total.bits_per_byte):
+        raise ModelError(f"model {model} ({scheme}): its loss on held-out text is {total.nats}: train it anew")
     return Measured(
         parameters=scorer.parameters,
         bytes=model_bytes(model),
@@ -123,7 +127,7 @@ def check_and_measure(
         artefacts: by scheme, `{"uri", "probe"}`: the published directory and the recorded logits (.npy object).
 
     Returns:
-        By scheme, the measures and `reload_error`: the largest absolute difference of a logit.
+        By scheme, the measures and `reload_error`: the largest difference of a logit, relative to the largest one.
     """
     from cluster.storage import split_uri
     from jobs.training.data import ExampleStore, collate
@@ -134,7 +138,8 @@ def check_and_measure(
         probe_storage, probe_key = split_uri(artefact["probe"])
         expected = _load_array(probe_storage.read(probe_key))
         found = load_scorer(artefact["uri"], scheme, threads).logits(collate([store.row(0)])).numpy()
-        error = float(np.abs(found - expected).max()) if found.shape == expected.shape else float("inf")
+        same_shape = found.shape == expected.shape
+        error = float(np.abs(found - expected).max() / np.abs(expected).max()) if same_shape else float("inf")
         measured = measure(artefact["uri"], scheme, store_uri, store_prefix, config, threads, _reporter(board, scheme))
         out[scheme] = {**vars(measured), "reload_error": error}
     return out

@@ -16,7 +16,7 @@ SUMMARY = "summary.json"
 STAGES = ("prepare", "teacher", "train", "evaluate", "quantize", "register", "promote", "serve")
 """All stages in the order in which they run."""
 
-Status = Literal["done", "failed", "skipped"]
+Status = Literal["done", "failed", "skipped", "started", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Ledger:
         except FileNotFoundError:
             return None
         try:
-            return StageRecord(**values)
-        except TypeError:
+            return StageRecord(**{**values, "output": self._absolute(values["output"])})
+        except (TypeError, KeyError):
             return None
 
     def done(self, stage: str, key: str) -> StageRecord | None:
@@ -78,7 +78,8 @@ class Ledger:
             self._storage.write_json(SUMMARY, self.summary())
 
     def write(self, stage: str, record: StageRecord) -> None:
-        self._storage.write_json(f"stages/{stage}.json", vars(record))
+        values = {**vars(record), "output": self._relative(record.output)}
+        self._storage.write_json(f"stages/{stage}.json", values)
         self._storage.write_json(SUMMARY, self.summary())
 
     def summary(self) -> dict[str, Any]:
@@ -94,6 +95,24 @@ class Ledger:
             models.update(output.pop("models", {}))
             stages[stage] = {**entry, **output}
         return {"name": self._name, "storage": self._storage.uri, "stages": stages, "models": models}
+
+    def _relative(self, value: Any) -> Any:
+        """URIs below the storage root without it, so that a run can be moved."""
+        return _replaced(value, f"{self._storage.uri}/", _ROOT)
+
+    def _absolute(self, value: Any) -> Any:
+        return _replaced(value, _ROOT, f"{self._storage.uri}/")
+
+
+_ROOT = "run:///"
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, str):
+        return new + value.removeprefix(old) if value.startswith(old) else value
+    if isinstance(value, dict):
+        return {name: _replaced(item, old, new) for name, item in value.items()}
+    return [_replaced(item, old, new) for item in value] if isinstance(value, list) else value
 
 
 def stage_key(*parts: Any) -> str:

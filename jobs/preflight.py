@@ -3,6 +3,7 @@
 Each check raises one line that says what was asked, what was found and what to do.
 """
 
+import logging
 import os
 from typing import Any
 
@@ -113,6 +114,35 @@ def _check_models(config: RunConfig) -> None:
     for place, shape in (("teacher", of_teacher), ("student", of_student)):
         if shape is not None:
             _check_size(place, shape, config.data.sequence_length, num_tokens)
+
+
+def check_shapes(config: RunConfig) -> None:
+    """Builds every model that starts from a shape, without its memory, and runs it on a few tokens: families find out
+    late what they cannot be. Imports torch."""
+    for name in ("torchao", "torch.utils._pytree", "transformers"):  # what they say on import is for nobody
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    vocabulary = config.data.train_tokenizer.vocab_size if config.data.train_tokenizer is not None else None
+    of_teacher = _teacher_config(config, vocabulary)
+    shapes = {
+        "teacher.shape": of_teacher if config.teacher is not None and config.teacher.shape is not None else None,
+        "student.shape": _student_config(config, vocabulary, of_teacher) if config.student.shape is not None else None,
+    }
+    for place, shape in shapes.items():
+        if shape is None:
+            continue
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+                tokens, mask = torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 1, 4, 4)
+            model.train()(input_ids=tokens, attention_mask=mask, use_cache=False).logits  # noqa: B018
+        except Exception as error:  # every family fails in its own way
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            if "meta" in reason:  # it looks at values, which are not there: the training will tell
+                continue
+            raise ConfigError(f"{place}: {type(shape).__name__} with these values cannot be run ({reason})") from error
 
 
 def _teacher_config(config: RunConfig, num_tokens: int | None) -> Any:

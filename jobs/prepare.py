@@ -125,7 +125,7 @@ def prepare(
         if rows["validation"] == 0:
             raise CorpusError(
                 f"no document of {documents} was held out by data.validation_fraction={config.validation_fraction}: "
-                "raise it or add text"
+                "raise it, or add documents (a .txt file is one, however long; so is a line of .jsonl)"
             )
     except BaseException:
         if storage_clean:
@@ -185,7 +185,13 @@ def _frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _tokenise(tokenizer: Any, texts: list[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Text, int32 token ids, and the UTF-8 byte at which each token ends."""
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,  # "<|endoftext|>" in a text is text: it ends nothing
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+    )
     for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         if not ids:
             continue

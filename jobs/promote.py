@@ -8,7 +8,8 @@ import logging
 from typing import Any
 
 from cluster.champions import Champion, crown, current_champion, open_database
-from cluster.errors import PromotionRefused
+from cluster.errors import CorruptArtifact, PromotionRefused
+from cluster.storage import check_directory
 from cluster.tracking import set_alias
 from jobs.config import PromoteConfig
 
@@ -47,9 +48,15 @@ def promote(
         student, candidate: measures of the float student and of the candidate.
 
     Raises:
-        PromotionRefused: the gate said no, or another promotion won.
+        PromotionRefused: the gate said no, the files are not those that were registered, or another promotion won.
     """
     check_gate(config, student, candidate)
+    try:
+        check_directory(version["uri"], version["manifest_sha256"])
+    except CorruptArtifact as error:
+        raise PromotionRefused(
+            f"version {version['version']}: {error}; the champion stays. Delete {version['uri']} and run it again"
+        ) from error
     engine = open_database(database)
     try:
         champion = current_champion(engine, model_name)

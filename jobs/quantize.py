@@ -14,8 +14,8 @@ from cluster.errors import QuantizationFailed
 from cluster.pretrained import load_tokenizer, locate
 from cluster.storage import open_storage, publish_directory
 
-RELOAD_TOLERANCE = 1e-4
-"""Largest absolute difference of a logit between the process that made an artefact and a fresh one."""
+RELOAD_TOLERANCE = 1e-5
+"""Largest difference of a logit between the process that made an artefact and a fresh one, relative to the largest."""
 
 
 def make_artefacts(

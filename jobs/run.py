@@ -19,7 +19,8 @@ from cluster.storage import open_storage
 from cluster.tracking import Tracker, tracking_uri
 from jobs.config import RunConfig
 from jobs.ledger import SUMMARY, Ledger, StageRecord
-from jobs.preflight import check_cluster, check_config
+from jobs.lock import only_one
+from jobs.preflight import check_cluster, check_config, check_shapes
 from jobs.progress import ConsoleProgress
 from jobs.stages import ALL_STAGES, Run, Stage
 from services.endpoint.client import check_port_free, start_serve
@@ -54,7 +55,9 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
     answers = any(stage.name == "serve" for stage in pending)
     if answers and not config.cluster.resolved_address():  # a cluster may have a Serve there, for us to use
         check_port_free(config.serve.host, config.serve.port)
+    check_shapes(config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(only_one(config))
         stack.enter_context(progress)
         for stage in pending:
             if _take_if_done(this, ledger, stage):
@@ -71,13 +74,14 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
 
 
 def _take_if_done(this: Run, ledger: Ledger, stage: Stage) -> bool:
-    """Whether the stage is done for this config; its output is taken over then."""
+    """Whether the stage is done for this config, and what it made is still there; its output is taken over then."""
     key = stage.key(this)
     this.keys[stage.name] = key
     record = ledger.done(stage.name, key)
-    if record is not None:
-        this.outputs[stage.name] = record.output
-    return record is not None
+    if record is None or (record.status == "done" and not stage.is_there(this, record.output)):
+        return False
+    this.outputs[stage.name] = record.output
+    return True
 
 
 def _do(this: Run, ledger: Ledger, stage: Stage, progress: ConsoleProgress) -> None:
@@ -86,7 +90,14 @@ def _do(this: Run, ledger: Ledger, stage: Stage, progress: ConsoleProgress) -> N
     skipped = stage.name == "teacher" and this.config.teacher is None
     try:
         ledger.forget_after(stage.name)
+        if ledger.record("prepare") is not None:  # a corpus with a mistake in it leaves nothing behind
+            ledger.write(stage.name, StageRecord(key, "started", 0.0, {}))
         output = stage.work(this, bar)
+    except KeyboardInterrupt:
+        bar.fail("interrupted")
+        with contextlib.suppress(Exception):
+            ledger.write(stage.name, StageRecord(key, "interrupted", time.monotonic() - started, {}))
+        raise
     except BaseException as error:
         bar.fail(type(error).__name__)
         if not (isinstance(error, UserError) and ledger.record("prepare") is None):
@@ -114,8 +125,7 @@ def _tracking(this: Run) -> Iterator[Tracker]:
     tracker = Tracker(uri, config.name, config.name, f"{storage.uri}/mlflow", run_id)
     resolved = config.model_dump(mode="json", by_alias=True)
     tracker.text(yaml.safe_dump(resolved, sort_keys=False), "config.yaml")
-    if run_id is None:  # MLflow lets nobody change a parameter
-        tracker.params(_flat(resolved))
+    tracker.params(_flat(resolved))
     tracker.tags({"raystill.storage": storage.uri, "raystill.data": str(this.outputs["prepare"]["fingerprint"])})
     status = "FAILED"
     try:

@@ -1,5 +1,7 @@
 """The endpoint as a job: a check that the champion answers, or the endpoint kept up until it is interrupted."""
 
+import json
+import shlex
 import signal
 import threading
 from typing import Any
@@ -36,13 +38,12 @@ def check_champion(config: RunConfig) -> None:
 def serve_until_interrupted(config: RunConfig, say: Any) -> None:
     """Keeps the endpoint up until SIGINT or SIGTERM. Needs a connected Ray."""
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     url = start_endpoint(endpoint_config(config), config.model_name, database_url(config.state_directory))
     say(f"{config.model_name} answers at {url}/v1 (Ctrl-C stops it). Try:")
-    say(
-        f"  curl -s {url}/v1/completions -H 'Content-Type: application/json' "
-        f"""-d '{{"model": "{config.model_name}", "prompt": "{config.serve.question}", "max_tokens": 40}}'"""
-    )
+    body = {"model": config.model_name, "prompt": config.serve.question, "max_tokens": 40, "temperature": 0}
+    say(f"  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     stop.wait()
+    say("stopping: answers that are being written are finished first")
     stop_endpoint()

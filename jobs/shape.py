@@ -43,6 +43,8 @@ def shape_config(
                 hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(keys)}"
                 raise ConfigError(f"shape: {model_type} has no key {key}: {hint}")
         config = AutoConfig.for_model(model_type, **{**base, **changes})
+        if (layers := getattr(config, "num_hidden_layers", 1)) < 1:
+            raise ConfigError(f"shape {shape}: num_hidden_layers={layers}; at least 1")
         heads, pairs = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
         if heads and pairs and heads % pairs:
             raise ConfigError(

@@ -11,13 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cluster.champions import database_url
+from cluster.champions import database_url, find_champion
 from cluster.config import fingerprint
 from cluster.connection import Connection
 from cluster.errors import UserError
 from cluster.pretrained import load_tokenizer, locate, model_fingerprint, tokenizer_fingerprint
 from cluster.resources import physical_cores, threads_each
-from cluster.storage import Storage, publish_directory, read_manifest
+from cluster.storage import Storage, publish_directory, read_manifest, split_uri
 from cluster.tracking import Tracker, tracking_uri
 from jobs.config import DistillConfig, RunConfig, StudentConfig
 from jobs.corpus import Source, find_sources
@@ -78,7 +78,19 @@ class Stage:
     name: str
     key: Callable[[Run], str]
     work: Callable[[Run, Bar], Output]
+    is_there: Callable[[Run, Output], bool] = lambda run, output: True
+    """Whether what the stage made still exists. Only looked for, not read: who uses it checks its hashes."""
     needs_cluster: bool = True
+
+
+def _is_whole(uri: str) -> bool:
+    """Whether a published directory has its manifest and every file that it names."""
+    storage, name = split_uri(uri)
+    manifest = read_manifest(storage, name)
+    if manifest is None or "files" not in manifest:
+        return False
+    sizes = {item.key: item.size_bytes for item in storage.list(f"{name}/")}
+    return all(sizes.get(f"{name}/{file}") == facts["size_bytes"] for file, facts in manifest["files"].items())
 
 
 # --- prepare: corpus, tokenizer, example store --------------------------------------------------------------------
@@ -147,6 +159,16 @@ def _tokenizer(run: Run, sources: list[Source], bar: Bar) -> str:
     return f"{run.storage.uri}/{prefix}"
 
 
+def _prepare_is_there(run: Run, output: Output) -> bool:
+    manifest = read_manifest(run.storage, output["store"])
+    sizes = {item.key: item.size_bytes for item in run.storage.list(f"{output['store']}/")}
+    return (
+        manifest is not None
+        and all(sizes.get(f"{output['store']}/{shard['key']}") == shard["size_bytes"] for shard in manifest["shards"])
+        and _is_whole(output["tokenizer"])
+    )
+
+
 # --- teacher: given, converted, or trained here -------------------------------------------------------------------
 
 
@@ -185,6 +207,12 @@ def _teacher(run: Run, bar: Bar) -> Output:
         threads=teacher.train.threads_per_worker or threads_each(teacher.train.num_workers),
     )
     return run_training(plan, run.cluster, bar, run.track("teacher/"))
+
+
+def _model_is_there(run: Run, output: Output) -> bool:
+    """Whether a model that the run made is; others are looked at when the config is checked."""
+    model = str(output.get("model"))
+    return not model.startswith(f"{run.storage.uri}/") or _is_whole(model)
 
 
 def convert_gguf(model: str, gguf_file: str, storage_uri: str, prefix: str) -> None:
@@ -298,6 +326,10 @@ def _quantize(run: Run, bar: Bar) -> Output:
     return {"artefacts": artefacts, "models": {f"student_{scheme}": measured[scheme] for scheme in schemes}}
 
 
+def _artefacts_are_there(run: Run, output: Output) -> bool:
+    return all(_is_whole(artefact["uri"]) for artefact in output["artefacts"].values())
+
+
 # --- register, promote, serve -------------------------------------------------------------------------------------
 
 
@@ -325,6 +357,14 @@ def _register(run: Run, bar: Bar) -> Output:
     return {"versions": register(with_measures, run.config.model_name, run.storage, tracking, run_id, facts)}
 
 
+def _versions_are_there(run: Run, output: Output) -> bool:
+    """Whether the files are, and the registry if it is a local file; a server's is its own business."""
+    database = tracking_uri(run.config.state_directory)
+    if database.startswith("sqlite:///") and not Path(database.removeprefix("sqlite:///")).is_file():
+        return False
+    return all(_is_whole(version["uri"]) for version in output["versions"].values())
+
+
 def _promote_key(run: Run) -> str:
     return stage_key(run.config.promote.identity(), database_url(run.config.state_directory), run.keys["register"])
 
@@ -345,6 +385,11 @@ def _promote(run: Run, bar: Bar) -> Output:
     return {"champion": vars(champion)}
 
 
+def _champion_is_there(run: Run, output: Output) -> bool:
+    """Whether anyone reigns: by now it may be somebody else."""
+    return find_champion(database_url(run.config.state_directory), run.config.model_name) is not None
+
+
 def _serve_key(run: Run) -> str:
     return stage_key(run.config.serve.question, run.keys["promote"])
 
@@ -355,12 +400,12 @@ def _serve(run: Run, bar: Bar) -> Output:
 
 
 ALL_STAGES = (
-    Stage("prepare", _prepare_key, _prepare, needs_cluster=False),
-    Stage("teacher", _teacher_key, _teacher),
-    Stage("train", _train_key, _train),
+    Stage("prepare", _prepare_key, _prepare, _prepare_is_there, needs_cluster=False),
+    Stage("teacher", _teacher_key, _teacher, _model_is_there),
+    Stage("train", _train_key, _train, _model_is_there),
     Stage("evaluate", _evaluate_key, _evaluate),
-    Stage("quantize", _quantize_key, _quantize),
-    Stage("register", _register_key, _register, needs_cluster=False),
-    Stage("promote", _promote_key, _promote, needs_cluster=False),
+    Stage("quantize", _quantize_key, _quantize, _artefacts_are_there),
+    Stage("register", _register_key, _register, _versions_are_there, needs_cluster=False),
+    Stage("promote", _promote_key, _promote, _champion_is_there, needs_cluster=False),
     Stage("serve", _serve_key, _serve),
 )

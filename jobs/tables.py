@@ -6,19 +6,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jobs.ledger import STAGES
+
 _TITLES = {
     "teacher": "teacher",
     "student": "student",
-    "student_int8_weight_only": "student, int8 weights (torchao)",
-    "student_onnx_int8": "student, int8 (ONNX)",
+    "student_int8_weight_only": "student int8 (torchao)",
+    "student_onnx_int8": "student int8 (ONNX)",
 }
+
+
+_COLOURS = {"done": "green", "failed": "red", "interrupted": "yellow", "started": "yellow"}
 
 
 def models_table(summary: dict[str, Any]) -> Table:
     """Parameters, size on disk, held-out bits per byte and scoring speed of every model."""
     table = Table(title=f"{summary['name']}: models", title_justify="left")
     table.add_column("model")
-    for column in ("parameters", "size on disk", "bits per byte", "tokens per second"):
+    for column in ("parameters", "on disk", "bits per byte", "tokens/s"):
         table.add_column(column, justify="right")
     for name in sorted(summary["models"], key=lambda item: list(_TITLES).index(item) if item in _TITLES else 99):
         row = summary["models"][name]
@@ -38,9 +43,10 @@ def stages_table(summary: dict[str, Any]) -> Table:
     table.add_column("stage")
     table.add_column("status")
     table.add_column("seconds", justify="right")
-    table.add_column("")
-    for name, stage in summary["stages"].items():
-        colour = {"done": "green", "failed": "red"}.get(stage["status"], "dim")
+    table.add_column("what came out")
+    for name in sorted(summary["stages"], key=STAGES.index):
+        stage = summary["stages"][name]
+        colour = _COLOURS.get(stage["status"], "dim")
         table.add_row(name, f"[{colour}]{stage['status']}[/]", f"{stage['seconds']:.1f}", escape(_note(stage)))
     return table
 

@@ -65,6 +65,8 @@ def run_training(plan: TrainPlan, connection: Connection, bar: Bar, on_step: OnS
                 worker_runtime_env={"env_vars": process_environment()} if not connection.embedded else None,
             ),
         )
+        # Ray Train's own handler for Ctrl-C would stay for good, and end the process with exit code 0.
+        trainer._register_sigint_handler = lambda controller: None
         try:
             outcome = trainer.fit().return_value
         except Exception as error:

@@ -1,4 +1,6 @@
-"""ONNX with dynamic int8: weights in int8 per channel, activations quantised as they come; runs in onnxruntime.
+"""ONNX with dynamic int8, run by onnxruntime: weights of products in int8 with one scale per channel, activations
+quantised as they come, over a whole batch. An embedding has one scale for all of it, and so has a head that is tied to
+it, whose product is then formed in float from the unpacked weights.
 
 The graph is the whole model without a cache: token ids and position ids in, logits out. Good for scoring; generating
 with it recomputes the prompt at every token.

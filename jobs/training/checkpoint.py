@@ -8,6 +8,7 @@ a warning, for the one before it.
 
 import json
 import logging
+import re
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -66,12 +67,9 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a manifest, ascending."""
-        start = f"{self._prefix}/step-"
-        return sorted(
-            int(item.key.removeprefix(start).split("/")[0])
-            for item in self._storage.list(start)
-            if item.key.endswith(f"/{MANIFEST}")
-        )
+        pattern = re.compile(rf"{re.escape(self._prefix)}/step-(\d+)/{re.escape(MANIFEST)}")
+        found = (pattern.fullmatch(item.key) for item in self._storage.list(f"{self._prefix}/step-"))
+        return sorted(int(match[1]) for match in found if match)
 
     def fetch(self, step: int | None = None) -> "Fetched | None":
         """The newest checkpoint that is whole (or exactly `step`), copied to a local directory; None if there is none.
@@ -112,7 +110,7 @@ class Fetched:
         moments = load_file(self.directory / "optimizer.safetensors")
         for name, parameter in model.named_parameters():
             found = {
-                key.removeprefix(f"{name}:"): value.to(parameter.device if key.rpartition(":")[2] != "step" else "cpu")
+                key.removeprefix(f"{name}:"): value.to(parameter.device)  # a fused optimiser counts its steps there too
                 for key, value in moments.items()
                 if key.startswith(f"{name}:")
             }

@@ -55,6 +55,11 @@ def keep_layers(teacher: Any, layers: list[int]) -> Any:
         raise ModelError(
             f"student.from_teacher.layers={layers}: keep at least one of the teacher's layers 0..{total - 1}, each once"
         )
+    if getattr(teacher.config, "scale_attn_by_inverse_layer_idx", False):
+        raise ModelError(
+            f"student.from_teacher.layers={layers}: attention of this {type(teacher).__name__} is scaled by a layer's "
+            "place, which kept layers lose: start from student.shape"
+        )
     config = type(teacher.config)(**_kept(teacher.config.to_dict(), layers, total))
     student = type(teacher)(config).float()
     place = {str(old): str(new) for new, old in enumerate(layers)}

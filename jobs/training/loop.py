@@ -74,10 +74,12 @@ def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, rep
             if batch.last:
                 break
         sums = workers.add_up(signals.count_into(sums))
-        if not math.isfinite(sums.loss):
-            return _non_finite(state, step, sums.loss, batches)
         workers.add_up_gradients(model, divisor=max(1.0, sums.positions))
         grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
+        if not math.isfinite(sums.loss + grad_norm):
+            return _non_finite(
+                state, step, f"loss {sums.loss / max(1.0, sums.positions)}, gradient {grad_norm}", batches
+            )
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -93,9 +95,14 @@ def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, rep
             metrics["validation/bits_per_byte"] = _validate(body, student_head, validation, config, workers)
             state.validation.append([state.step, metrics["validation/bits_per_byte"]])
             model.train()
+            if not math.isfinite(metrics["validation/bits_per_byte"]):
+                return _non_finite(state, step, "a student whose held-out loss is not finite", batches)
+        keeps = state.step % config.checkpoint_every == 0 or state.step == config.steps
+        if keeps and not _is_finite(model):  # an update that a finite gradient made too large
+            return _non_finite(state, step, "weights that are not finite", batches)
         if workers.leads:
             report(state.step, metrics)
-            if state.step % config.checkpoint_every == 0 or state.step == config.steps:
+            if keeps:
                 checkpoints.save(model, optimizer, state)
     if workers.leads:
         _publish(plan, model)
@@ -125,10 +132,14 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up to the peak rate, then a cosine to `final_rate` times it. `step` counts from 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    """Linear warm-up to the peak rate, then a cosine to `final_rate` times it at the last step. `step` counts from 0.
+
+    The warm-up takes `warmup_steps`, but never more than half of the training.
+    """
+    warmup = min(config.warmup_steps, config.steps // 2)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup + 1) / (config.steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * (config.final_rate + (1 - config.final_rate) * cosine)
 
@@ -257,11 +268,17 @@ def _validate(body: nn.Module, head: OutputHead, store: ExampleStore, config: Tr
     return TextScore(total.loss, int(total.positions), int(total.rows)).bits_per_byte
 
 
-def _non_finite(state: TrainState, step: int, loss: float, batches: GlobalBatches) -> dict[str, Any]:
+def _is_finite(model: Any) -> bool:
+    """Whether all weights are; the same on every worker, since they make the same updates."""
+    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def _non_finite(state: TrainState, step: int, found: str, batches: GlobalBatches) -> dict[str, Any]:
+    """The end of a training in which step `step` (from 0) gave what is not finite; nothing of it was kept."""
     rows = batches.row_ids(step)
     shown = ", ".join(str(row) for row in rows[:64]) + (f" and {len(rows) - 64} more" if len(rows) > 64 else "")
     message = (
-        f"the loss of step {step} is {loss}; the student of the last checkpoint is intact. Rows of the batch "
+        f"step {step} gave {found}; the student of the last checkpoint is intact. Rows of its batch "
         f"(shard:row): {shown}. Lower train.learning_rate, or look at these rows"
     )
     return {"status": "non_finite", "message": message, **vars(state)}

@@ -23,8 +23,8 @@ class Prefetch:
         teacher: who is asked.
         spec: the signal wanted.
         hidden_size: the teacher's width, for the size of an answer.
-        window_bytes: bound on answers asked for and not yet handed out; one request is always allowed, so that the
-            teacher works while the student trains whatever the bound.
+        window_bytes: bound on answers asked for and not yet taken up, besides the one that is handed out next; one
+            request is always allowed, so that the teacher works while the student trains whatever the bound.
         asker: a name that makes request ids unique, for example the worker's rank.
     """
 

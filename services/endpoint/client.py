@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from cluster.connection import while_ray_lives
 from cluster.errors import PortInUse
 from services.endpoint.errors import EndpointUnavailable
 from services.endpoint.schema import EndpointConfig
@@ -59,7 +60,7 @@ def stop_endpoint() -> None:
     """Removes the application; answers that are being written are finished first."""
     from ray import serve
 
-    serve.delete(APP_NAME)
+    while_ray_lives(lambda: serve.delete(APP_NAME))
 
 
 def base_url(config: EndpointConfig) -> str:

@@ -141,7 +141,7 @@ class ServedModel:
                 sanitize_control_tokens=True,
                 **arguments,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # a template may add what a client gave as another type
             raise invalid(f"The model's chat template refuses this conversation: {error}", "messages") from None
         return list(token_ids)
 
@@ -258,7 +258,8 @@ class ServedModel:
 
 _TEMPLATE_PARAMETERS = frozenset(
     {
-        "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+        "self", "conversation", "conversations", "messages", "tools", "documents", "chat_template",
+        "add_generation_prompt",
         "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
         "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
     }

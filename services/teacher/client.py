@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from cluster.connection import while_ray_lives
 from cluster.errors import TeacherFailed, TeacherUnavailable
 from services.teacher.pacing import Pacing
 from services.teacher.schema import (
@@ -59,7 +60,7 @@ class TeacherClient:
 
     Args:
         app_name: the Serve application.
-        attempt_timeout_s: a request unanswered for so long is given to another replica, and then has twice the time.
+        attempt_timeout_s: a request unanswered for so long is asked again, and then has twice the time.
         deadline_s: after so long without an answer `TeacherUnavailable` is raised.
         fingerprint: of the teacher that is expected; answers of any other are refused. None takes the one found.
     """
@@ -244,4 +245,4 @@ def stop_teacher(app_name: str = APP_NAME) -> None:
     """Removes the teacher's replicas."""
     from ray import serve
 
-    serve.delete(app_name)
+    while_ray_lives(lambda: serve.delete(app_name))

@@ -37,14 +37,24 @@ class Merger:
         while batch := self._next_batch():
             try:
                 await self._answer(batch)
-            except Exception:
-                # Each alone, so that a request that fails does not fail its neighbours.
-                for item in batch:
-                    try:
-                        await self._answer([item])
-                    except Exception as error:
-                        if not item[1].done():
-                            item[1].set_exception(error)
+            except Exception as error:
+                await self._answer_alone(batch, error)
+
+    async def _answer_alone(
+        self, batch: list[tuple[ScoreRequest, asyncio.Future[ScoreReply]]], error: Exception
+    ) -> None:
+        """Each alone, so that a request that fails does not fail its neighbours; one that was alone has failed."""
+        for item in batch:
+            if item[1].done():  # its caller has gone
+                continue
+            if len(batch) == 1:
+                item[1].set_exception(error)
+                continue
+            try:
+                await self._answer([item])
+            except Exception as its_own:
+                if not item[1].done():
+                    item[1].set_exception(its_own)
 
     async def _answer(self, batch: list[tuple[ScoreRequest, asyncio.Future[ScoreReply]]]) -> None:
         # In a thread, so that health checks and new requests are heard during the forward pass.

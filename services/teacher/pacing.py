@@ -39,13 +39,14 @@ class Pacing:
             self._next_served += 1
             self._under_way += 1
             self._changed.notify_all()
-        started = self._clock()
+        started, answered = self._clock(), False
         try:
             yield
+            answered = True
         finally:
             with self._changed:
                 self._under_way -= 1
-                self._learn(started)
+                self._learn(started, answered)
                 self._changed.notify_all()
 
     def close(self) -> None:
@@ -57,10 +58,10 @@ class Pacing:
     def _is_free(self) -> bool:
         return self._under_way < self.places
 
-    def _learn(self, started: float) -> None:
+    def _learn(self, started: float, answered: bool) -> None:
         now = self._clock()
         if now - started > self._slow_s:
             if started >= self._shrunk_at:  # those that began before the last decrease say nothing new
                 self.places, self._shrunk_at = max(1, self.places // 2), now
-        elif now - started < self._slow_s / 2:
+        elif answered and now - started < self._slow_s / 2:  # a quick failure says nothing of a teacher's speed
             self.places = min(self._most, self.places + 1)

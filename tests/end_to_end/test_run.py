@@ -178,6 +178,19 @@ def test_demo_serve_answers_the_openai_client_until_interrupted(demo):
         assert process.wait(60) == 0
 
 
+def test_demo_without_its_databases_makes_what_they_held_again(demo):
+    directory, overrides, _ = demo
+    for name in ("champions.db", "mlflow.db"):
+        (directory / "runs/demo" / name).unlink()
+    again = raystill("promote", CONFIGS / "demo.yaml", *overrides, cwd=directory, timeout=120)
+    assert again.returncode == 2
+    assert "needs register" in again.stderr
+    for stage in ("register", "promote"):
+        done = raystill(stage, CONFIGS / "demo.yaml", *overrides, "--json", cwd=directory, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert last_json(done.stdout)["stages"]["promote"]["champion"]["epoch"] == 1
+
+
 def test_demo_with_another_gate_repeats_the_promotion_only(demo):
     directory, overrides, _ = demo
     more = [*overrides, "promote.max_quality_loss=0.06"]
@@ -219,6 +232,38 @@ def small(tmp_path_factory):
 
 def train_figures(storage):
     return json.loads((storage / "summary.json").read_text())["stages"]["train"]
+
+
+@pytest.mark.parametrize(("number", "code", "group"), [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)])
+def test_run_interrupted_in_training_says_so_and_leaves_nothing_running(small, number, code, group):
+    """Ctrl-C for the driver alone; SIGTERM for its whole process group, Ray's own processes included."""
+    storage = small / f"interrupted-{code}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs", "run", "small.yaml", f"storage={storage}", f"serve.port={free_port()}"],
+        cwd=small,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 240
+    while not list(storage.glob("student/*/checkpoints/step-00000010/manifest.json")):
+        assert process.poll() is None, "training ended before it could be interrupted"
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    started = time.monotonic()
+    (os.killpg if group else os.kill)(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said[-3000:]
+    assert "interrupted; run the same command again to go on" in said
+    assert "Traceback" not in said
+    assert time.monotonic() - started < 45
+    assert train_figures(storage)["status"] == "interrupted"
+    end = time.monotonic() + 20
+    while rays_below(small, ("RayTrainWorker", "TrainController", "ServeReplica")):
+        assert time.monotonic() < end, "workers or replicas outlived the interrupted run"
+        time.sleep(0.2)
 
 
 def test_run_killed_in_training_and_run_again_sees_the_rows_of_an_unbroken_run(small):

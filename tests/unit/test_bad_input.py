@@ -43,6 +43,7 @@ class Case:
     """Files that lay below the storage root before."""
 
 
+NO_SHAPE = ["student.shape=null", "data.train_tokenizer=null"]
 CASES = {
     "unknown_key": Case(["unknown key train.stepz", "did you mean train.steps?"], ["train.stepz=1"]),
     "unknown_key_deep": Case(
@@ -140,6 +141,28 @@ CASES = {
     "port_in_use": Case(
         ["asked to listen on 127.0.0.1:{port}", "in use", "serve.port="], ["serve.port={port}"], "PortInUse"
     ),
+    "corpus_of_half_a_character": Case(
+        ["in/half.jsonl", "line 2", "half a character", "\\ud800", "repair or remove it"],
+        ["data.sources=[in/half.jsonl]"],
+        "CorpusError",
+    ),
+    "corpus_with_an_endless_number": Case(
+        ["in/digits.jsonl", "line 1 is not JSON", "4300 digits"], ["data.sources=[in/digits.jsonl]"], "CorpusError"
+    ),
+    "corpus_of_one_long_text": Case(
+        ["no document of 1 was held out", "a .txt file is one"], ["data.sources=[in/long.txt]"], "CorpusError"
+    ),
+    "corpus_without_a_name": Case(["empty name"], ['data.sources=[""]'], "CorpusError"),
+    "package_of_no_name": Case(
+        ["package://..", "not installed"], ["student.model=package://..", *NO_SHAPE], "ModelError"
+    ),
+    "betas_out_of_range": Case(["train.betas", "less than 1"], ["train.betas=[2,3]"]),
+    "temperature_out_of_range": Case(["distill.temperature", "0.01"], ["distill.temperature=1e-300"]),
+    "seed_out_of_range": Case(["train.seed", "4294967296"], ["train.seed=18446744073709551616"]),
+    "shape_that_cannot_run": Case(
+        ["student.shape", "LlamaConfig", "cannot be run", "nope"], ["student.shape.hidden_act=nope"]
+    ),
+    "shape_without_layers": Case(["student.shape", "num_hidden_layers=-1"], ["student.shape.num_hidden_layers=-1"]),
     "shape_key_unknown": Case(
         ["student.shape", "llama has no key hiden_size", "hidden_size"], ["student.shape.hiden_size=8"]
     ),
@@ -217,6 +240,9 @@ def build_inputs(directory):
     good = tiny.corpus(directory / "in" / "good", 40)
     lines = good.read_bytes()
     (directory / "in" / "empty.jsonl").touch()
+    (directory / "in" / "half.jsonl").write_text('{"text": "whole"}\n{"text": "half \\ud800"}\n')
+    (directory / "in" / "digits.jsonl").write_text('{"text": "a", "n": ' + "1" * 5000 + "}\n")
+    (directory / "in" / "long.txt").write_text(" ".join(tiny.sentences(400)))
     (directory / "in" / "blank.jsonl").write_text('{"text": ""}\n{"text": "  "}\n')
     for name, content in (("cut.jsonl", lines[:-9]), ("cut.jsonl.gz", gzip.compress(lines)[:-20])):
         target = directory / "in" / name.removeprefix("cut.").join(["cut_", ""]).replace("jsonl.gz", "gz")

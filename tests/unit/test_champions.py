@@ -176,6 +176,8 @@ STANDARD = {
     "TokenizerMismatch": ValueError,
     "StorageError": OSError,
     "PlacementError": RuntimeError,
+    "ClusterUnreachable": ConnectionError,
+    "RunInProgress": RuntimeError,
     "PortInUse": OSError,
     "TeacherUnavailable": ConnectionError,
     "TeacherFailed": RuntimeError,
@@ -183,6 +185,7 @@ STANDARD = {
     "CorruptArtifact": ValueError,
     "TrainingFailed": RuntimeError,
     "QuantizationFailed": RuntimeError,
+    "RegistryFailed": RuntimeError,
     "PromotionRefused": RuntimeError,
 }
 LEAVES = {kind.__name__: kind for kind in leaves(RaystillError) if kind.__module__ == errors.__name__}

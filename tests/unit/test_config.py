@@ -294,7 +294,6 @@ EXECUTION = {
     "teacher.attempt_timeout_s=3": "attempt_timeout_s",
     "teacher.deadline_s=900": "deadline_s",
     "teacher.window_mb=3": "window_mb",
-    "evaluate.batch_rows=3": "batch_rows",
     "serve.host=0.0.0.0": "host",
     "serve.port=3": "port",
     "serve.replicas=3": "replicas",

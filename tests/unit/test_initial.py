@@ -101,6 +101,11 @@ def test_keep_layers_bad_indices_are_refused(layers):
         keep_layers(deep("llama"), layers)
 
 
+def test_keep_layers_that_are_scaled_by_their_place_is_refused():
+    with pytest.raises(ModelError, match="scaled by a layer's place"):
+        keep_layers(tiny.model("gpt2", scale_attn_by_inverse_layer_idx=True), [1])
+
+
 def test_keep_layers_of_a_family_without_one_list_is_refused():
     teacher = deep("llama")
     teacher.config.num_hidden_layers = 7

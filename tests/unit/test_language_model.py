@@ -114,6 +114,25 @@ def test_split_of_a_body_without_positions_is_refused():
         split(model)
 
 
+def test_split_of_a_model_that_rotates_by_the_longest_of_a_batch_is_refused():
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope |= {"original_max_position_embeddings": 32, "partial_rotary_factor": 1.0, "factor": 4.0}
+    tiny.FAMILIES["phi3"] = {"model_type": "phi3", "pad_token_id": 0}
+    try:
+        split(tiny.model("phi3"))
+        with pytest.raises(ModelError, match=r"longrope.*depend on others"):
+            split(tiny.model("phi3", rope_parameters=rope))
+    finally:
+        del tiny.FAMILIES["phi3"]
+
+
+def test_split_of_a_model_whose_body_is_none_is_refused():
+    model = tiny.model()
+    model.base_model_prefix = ""  # then the body is the whole, and gives no hidden states
+    with pytest.raises(ModelError, match="packed sequences"):
+        split(model)
+
+
 def test_split_of_a_model_without_a_linear_head_is_refused():
     model = tiny.model()
     model.set_output_embeddings(nn.Identity())

@@ -57,6 +57,21 @@ def test_stage_done_is_seen_by_the_next_process_of_the_same_root(ledger, tmp_pat
     assert Ledger(open_storage(str(tmp_path)), "mine").done("prepare", "k").output == {"rows": {"train": 3}}
 
 
+def test_records_of_a_run_that_was_moved_point_at_its_new_place(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    storage = open_storage(str(old))
+    output = {"model": f"{storage.uri}/student/model", "other": "s3://elsewhere/model", "list": [f"{storage.uri}/x"]}
+    Ledger(storage, "mine").write("train", StageRecord("k", "done", 1.0, output))
+    assert Ledger(storage, "mine").record("train").output == output
+    old.rename(new)
+    moved = open_storage(str(new))
+    assert Ledger(moved, "mine").record("train").output == {
+        "model": f"{moved.uri}/student/model",
+        "other": "s3://elsewhere/model",
+        "list": [f"{moved.uri}/x"],
+    }
+
+
 def test_records_of_later_stages_are_dropped_when_one_is_made_anew(ledger, tmp_path):
     for stage in ("prepare", "train", "evaluate", "serve"):
         ledger.write(stage, StageRecord("k", "done", 1.0, {"models": {stage: {}}}))

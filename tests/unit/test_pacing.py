@@ -1,5 +1,6 @@
 """How many requests a client may have under way: more while answers are quick, fewer when they are slow, in order."""
 
+import contextlib
 import threading
 import time
 
@@ -36,6 +37,21 @@ def test_places_stay_with_answers_that_are_neither_quick_nor_slow():
     for seconds in (5, 7, 10):
         answer(pacing, clock, seconds)
     assert pacing.places == 2
+
+
+def test_places_do_not_grow_with_quick_failures_but_shrink_with_slow_ones():
+    clock = Clock()
+    pacing = Pacing(6, slow_s=10, clock=clock)
+
+    def fail(seconds):
+        with contextlib.suppress(TimeoutError), pacing.place():
+            clock.now += seconds
+            raise TimeoutError
+
+    fail(1)
+    assert pacing.places == 2
+    fail(11)
+    assert pacing.places == 1
 
 
 def test_places_halve_with_slow_answers_but_one_is_always_left():

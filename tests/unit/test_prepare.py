@@ -11,10 +11,11 @@ import pytest
 import zstandard
 
 from cluster.errors import CorpusError, CorruptArtifact
+from cluster.pretrained import load_tokenizer
 from cluster.storage import open_storage
 from jobs.config import DataConfig
 from jobs.corpus import find_sources, read_texts
-from jobs.prepare import is_held_out, prepare
+from jobs.prepare import _tokenise, is_held_out, prepare
 from jobs.training.data import ExampleStore, collate
 from tests import tiny
 
@@ -57,6 +58,15 @@ def test_prepare_every_token_is_a_target_once_and_bytes_add_up(tmp_path, tokeniz
         )
         assert max(len(row.token_ids) for row in rows) <= 32
         assert all(row.segment_lengths.sum() == len(row.token_ids) for row in rows)
+
+
+def test_prepare_special_tokens_that_stand_in_a_text_are_text(tmp_path, tokenizer_uri):
+    tokenizer = load_tokenizer(tokenizer_uri)
+    text = "before <|endoftext|> after"
+    [(_, ids, ends)] = _tokenise(tokenizer, [text])
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == text
+    assert ends[-1] == len(text)
 
 
 def test_prepare_is_the_same_every_time_and_changes_with_the_text(tmp_path, tokenizer_uri):

@@ -7,6 +7,7 @@ import pytest
 
 from cluster.champions import current_champion, open_database
 from cluster.errors import PromotionRefused
+from cluster.storage import manifest_sha256, open_storage, publish_directory
 from cluster.tracking import register_version, version_uri
 from jobs.config import PromoteConfig
 from jobs.promote import check_gate, promote
@@ -24,8 +25,14 @@ def tracking(tmp_path_factory):
 
 
 @pytest.fixture
-def database(tmp_path):
+def database(tmp_path, whole):
     return f"sqlite:///{tmp_path}/champions.db"
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """As if every version's files were there."""
+    monkeypatch.setattr("jobs.promote.check_directory", lambda uri, expected_sha256: None)
 
 
 def champion_in(database):
@@ -40,6 +47,33 @@ def promoted(database, tracking, number, bits_per_byte=2.0, **config):
     version = {"version": number, "uri": f"file:///{number}", "manifest_sha256": number * 64}
     candidate = {"bits_per_byte": bits_per_byte}
     return promote(PromoteConfig(**config), "m", version, STUDENT, candidate, database, tracking)
+
+
+# --- the files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["byte", "missing", "manifest", "all"])
+def test_promotion_of_files_that_are_not_those_that_were_registered_is_refused(tmp_path, tracking, damage):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "model.safetensors").write_bytes(b"weights")
+    storage = open_storage(str(tmp_path / "registry"))
+    manifest = publish_directory(tmp_path / "made", storage, "m/1")
+    version = {"version": "1", "uri": f"{storage.uri}/m/1", "manifest_sha256": manifest_sha256(manifest)}
+    database = f"sqlite:///{tmp_path}/champions.db"
+    arguments = ("m", version, STUDENT, STUDENT, database, tracking)
+    if damage == "byte":
+        storage.write("m/1/model.safetensors", b"weightz")
+    elif damage == "missing":
+        storage.delete("m/1/model.safetensors")
+    elif damage == "manifest":
+        storage.write_json("m/1/manifest.json", {**manifest, "scheme": "other"})
+    else:
+        storage.delete("m/1")
+    with pytest.raises(PromotionRefused, match=r"version 1: .*the champion stays"):
+        promote(PromoteConfig(), *arguments)
+    assert champion_in(database) is None
+    publish_directory(tmp_path / "made", storage, "m/1")
+    assert promote(PromoteConfig(), *arguments).version == "1"
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------

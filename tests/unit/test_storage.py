@@ -93,6 +93,18 @@ def test_localize_s3_directory_is_copied_once_and_verified(storage, tmp_path):
     assert localize(f"{storage.uri}/d", tmp_path / "cache") == found
 
 
+def test_local_list_follows_links_and_ends_with_one_that_leads_back(tmp_path):
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    for path in ("root/a/1", "far/2", "far/deep/3"):
+        (tmp_path / path).write_text("x")
+    (tmp_path / "root" / "linked").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "root")
+    listed = [item.key for item in open_storage(str(tmp_path / "root")).list()]
+    assert {"a/1", "linked/2", "linked/deep/3"} <= set(listed)
+    assert len(listed) < 10
+
+
 def test_local_write_interrupted_leaves_the_old_object(tmp_path, monkeypatch):
     storage = open_storage(str(tmp_path))
     storage.write("k", b"old")

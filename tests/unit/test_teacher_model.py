@@ -375,6 +375,30 @@ def test_merger_bad_request_fails_alone():
     assert recorder.batches[1:] == [["good", "bad", "other"], ["good"], ["bad"], ["other"]]
 
 
+def test_merger_does_not_repeat_a_request_that_failed_alone_nor_one_whose_caller_has_gone():
+    recorder = Recorder()
+    replies = merge([("bad", 10)], recorder)
+    assert isinstance(replies[1], ValueError)
+    assert recorder.batches == [["first"], ["bad"]]
+
+    async def ask() -> list[Any]:
+        merger, recorder.batches = Merger(recorder, max_tokens=10), []
+        recorder.gate.clear()
+        names = ("first", "gone", "bad", "good")
+        asked = [asyncio.ensure_future(merger.reply(make_request([3], HIDDEN, name=name))) for name in names]
+        while not recorder.batches:
+            await asyncio.sleep(0)
+        asked[1].cancel()  # while it is computed
+        recorder.gate.set()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    first, gone, bad, good = asyncio.run(ask())
+    assert (first, good) == ("first", "good")
+    assert isinstance(gone, asyncio.CancelledError)
+    assert isinstance(bad, ValueError)
+    assert recorder.batches == [["first", "gone", "bad"], ["first"], ["bad"], ["good"]]
+
+
 def test_merger_leaves_out_requests_whose_caller_has_gone():
     recorder = Recorder()
     replies = merge([("gone", 2), ("kept", 2)], recorder, cancelled="gone")

@@ -2,14 +2,19 @@
 
 import logging
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from cluster.errors import ModelError
+from cluster.errors import ModelError, RegistryFailed
 from cluster.pretrained import locate
 from cluster.tracking import Tracker, register_version, set_alias, tracking_uri, version_uri
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,41 @@ def test_tracker_more_than_a_batch_takes_is_written_whole(uri, tmp_path):
     assert len(client.get_run(tracker.run_id).data.params) == 250
     assert len(client.get_metric_history(tracker.run_id, "b")) == 700
     assert tracker.dropped == 0
+
+
+def test_tracker_starts_a_run_if_the_store_does_not_know_the_one_it_is_given(uri, tmp_path):
+    tracker = tracker_of(uri, tmp_path, "0" * 32)
+    tracker.params({"train.steps": 20})
+    assert tracker.wait_started() not in (None, "0" * 32)
+    tracker.close()
+    assert MlflowClient(uri).get_run(tracker.run_id).data.params == {"train.steps": "20"}
+    assert tracker.dropped == 0
+
+
+def test_tracker_keeps_the_parameters_of_a_run_that_goes_on(uri, tmp_path):
+    first = tracker_of(uri, tmp_path)
+    first.params({"train.steps": 20})
+    first.close("FAILED")
+    second = tracker_of(uri, tmp_path, first.run_id)
+    second.params({"train.steps": 30})
+    second.close()
+    assert MlflowClient(uri).get_run(first.run_id).data.params == {"train.steps": "20"}
+    assert second.dropped == 0
+
+
+def test_two_threads_may_ask_for_mlflow_first(tmp_path):
+    """In a fresh process: a tracker that goes on in a run, and a registration right behind it."""
+    code = f"""
+from cluster.tracking import Tracker, register_version
+uri = "sqlite:///{tmp_path}/mlflow.db"
+tracker = Tracker(uri, "e", "run", "file://{tmp_path}/artifacts", "0" * 32)
+assert register_version(uri, "m", "file:///1", "1" * 64, None, {{}}) == "1"
+assert tracker.wait_started() is not None
+tracker.close()
+assert tracker.dropped == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_tracker_goes_on_in_the_run_it_is_given(uri, tmp_path):
@@ -165,9 +205,7 @@ def test_register_the_same_directory_twice_is_one_version(uri):
 
 
 def test_register_a_dead_registry_raises(dead):
-    from mlflow.exceptions import MlflowException
-
-    with pytest.raises(MlflowException):
+    with pytest.raises(RegistryFailed, match=r"m was not registered .*; run it again"):
         register_version(dead, "m", "file:///a", "1" * 64, None, {})
 
 
