@@ -1,7 +1,7 @@
 """torchao int8 weight-only: weights of linear layers in int8 with one scale per output channel, activations float.
 
-Saved by transformers as safetensors and reloaded by `from_pretrained`; embeddings and the head stay float, as
-transformers has it. The torchao version is part of the artefact's identity: others may not read it.
+Saved by transformers as safetensors and reloaded by `from_pretrained`. Embeddings stay float, and so does a head that
+is tied to them. The torchao version is part of the artefact's identity: others may not read it.
 """
 
 import warnings
@@ -27,7 +27,7 @@ def quantize(student: str, directory: Path) -> dict[str, str]:
             student,
             dtype="float32",
             use_safetensors=True,
-            quantization_config=TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head"]),
+            quantization_config=TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=[]),
         )
         if not any(isinstance(parameter, TorchAOBaseTensor) for parameter in model.parameters()):
             raise QuantizationFailed(

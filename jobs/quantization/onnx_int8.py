@@ -44,7 +44,7 @@ def quantize(student: str, directory: Path) -> dict[str, str]:
         exported = Path(name) / "float.onnx"
         shape = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
         torch.onnx.export(
-            _LogitsOnly(model),
+            _LogitsOnly(model).eval(),
             (example, positions),
             str(exported),
             input_names=["input_ids", "position_ids"],
