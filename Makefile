@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check format smollm2 clean
+.PHONY: demo test check bench format smollm2 clean
 
 demo: .venv/made  ## text to a served student, on this machine, in about six minutes
 	$(BIN)/raystill run jobs/configs/demo.yaml
@@ -14,6 +14,9 @@ check: .venv/made  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/made  ## quick benchmarks of the loss, whole steps, the service, scale and the wire
+	for name in loss end_to_end service_tax scale wire; do $(BIN)/python -m tests.benchmarks.$$name --quick || exit 1; done
 
 format: .venv/made
 	$(BIN)/ruff check --fix .
