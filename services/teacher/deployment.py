@@ -15,7 +15,9 @@ from ray.serve.config import AutoscalingConfig
 
 from cluster.logs import setup_logging
 from services.teacher.merging import Merger
-from services.teacher.schema import HeadRecord, ScoreReply, ScoreRequest, TeacherDescription, TeacherServiceConfig
+from services.teacher.metrics import TeacherMetrics
+from services.teacher.schema import ScoreReply, ScoreRequest, TeacherDescription, TeacherServiceConfig
+from services.teacher.signals import HeadRecord
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class Teacher:
         setup_logging("INFO")
         torch.set_num_threads(config.threads_per_replica)
         self._model = TeacherModel(config.model, config.dtype, config.tokenizer, config.max_batch_tokens)
-        self._merger = Merger(self._model.score, config.max_batch_tokens)
+        self._merger = Merger(self._model.score, config.max_batch_tokens, TeacherMetrics())
         logger.info("teacher %s is ready: %s", config.model, self._model.describe())
 
     async def describe(self) -> TeacherDescription:

@@ -6,10 +6,22 @@ requests that arrive one by one, and with a waiting time it delays those that ar
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from services.teacher.schema import ScoreReply, ScoreRequest
+
+
+class Observer(Protocol):
+    """Is told what a merger does."""
+
+    def in_flight(self, tokens: int) -> None:
+        """Tokens of all requests that wait or are computed."""
+
+    def batch(self, tokens: int, fill: float, age_s: float) -> None:
+        """A batch begins: its tokens, their share of the budget, and how long its oldest request has waited."""
 
 
 class Merger:
@@ -18,20 +30,39 @@ class Merger:
     Args:
         run: the function; it is called in a thread, one call at a time, and replies in the order of the requests.
         max_tokens: in a batch; a larger request runs alone.
+        observer: is told what happens, for metrics.
     """
 
-    def __init__(self, run: Callable[[list[ScoreRequest]], list[ScoreReply]], max_tokens: int) -> None:
-        self._run, self._max_tokens = run, max_tokens
+    def __init__(
+        self,
+        run: Callable[[list[ScoreRequest]], list[ScoreReply]],
+        max_tokens: int,
+        observer: Observer | None = None,
+    ) -> None:
+        self._run, self._max_tokens, self._observer = run, max_tokens, observer
         self._waiting: deque[tuple[ScoreRequest, asyncio.Future[ScoreReply]]] = deque()
+        self._arrived: dict[int, float] = {}
+        self._tokens_in_flight = 0
         self._worker: asyncio.Task[None] | None = None
 
     async def reply(self, request: ScoreRequest) -> ScoreReply:
         """The reply to one request, or the exception that this request raises when it runs alone."""
         future: asyncio.Future[ScoreReply] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
+        self._arrived[id(future)] = time.monotonic()
+        self._count(request.num_tokens)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await future
+        try:
+            return await future
+        finally:
+            self._arrived.pop(id(future), None)
+            self._count(-request.num_tokens)
+
+    def _count(self, tokens: int) -> None:
+        self._tokens_in_flight += tokens
+        if self._observer is not None:
+            self._observer.in_flight(self._tokens_in_flight)
 
     async def _work(self) -> None:
         while batch := self._next_batch():
@@ -74,4 +105,7 @@ class Merger:
             if not future.done():  # else its caller has gone
                 batch.append((request, future))
                 tokens += request.num_tokens
+        if batch and self._observer is not None:
+            oldest = min(self._arrived[id(future)] for _, future in batch)
+            self._observer.batch(tokens, tokens / self._max_tokens, time.monotonic() - oldest)
         return batch

@@ -4,8 +4,6 @@ Models are float32 here, so that the only roundings are those of the wire (bfloa
 log-probabilities); see `assert_contract` for the tolerances.
 """
 
-import asyncio
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,15 @@ import torch
 
 from cluster.errors import TeacherFailed
 from services.teacher.client import TeacherClient
-from services.teacher.merging import Merger
 from services.teacher.model import TeacherModel
-from services.teacher.schema import (
+from services.teacher.schema import ScoreReply, ScoreRequest, check_reply
+from services.teacher.signals import (
     DenseSignal,
     HiddenSignal,
-    ScoreReply,
-    ScoreRequest,
+    SampledSignal,
+    SignalKind,
     SignalSpec,
     TopkSignal,
-    check_reply,
     copied,
 )
 from tests import tiny
@@ -34,12 +31,19 @@ from tests.in_process_teacher import (
     TEMPERATURES,
     InProcessTeacher,
     assert_contract,
+    contract_specs,
     make_request,
     reference_logits,
     reference_tails,
 )
 
-KINDS = ("hidden", "topk", "dense")
+KINDS = ("hidden", "topk", "sampled", "dense")
+
+
+def spec_of(kind: SignalKind, top_k: int = 5) -> SignalSpec:
+    return SignalSpec(kind, 320, top_k, (1.0,) if kind == "sampled" else TEMPERATURES, draws=6)
+
+
 HIDDEN = SignalSpec("hidden", 320)
 
 
@@ -102,7 +106,7 @@ def test_teacher_description_names_model_dtype_and_tokenizer(directories):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_score_of_a_request_does_not_depend_on_company(teacher, kind):
-    spec = SignalSpec(kind, 320, 5, TEMPERATURES)
+    spec = spec_of(kind)
     requests = [make_request([20 + i, 1, 50 - i], spec, i, name=str(i)) for i in range(4)]
     alone = [teacher.score([request])[0] for request in requests]
     for order in ([0, 1, 2, 3], [3, 1], [2, 0, 3]):
@@ -131,8 +135,8 @@ def test_score_of_a_sequence_does_not_change_with_its_neighbours(directories, fa
 
 def test_score_without_positions_is_an_empty_signal(teacher):
     for kind in KINDS:
-        request = make_request([5, 3], SignalSpec(kind, 320, 4), positions=[])
-        full = make_request([5, 3], SignalSpec(kind, 320, 4))
+        request = make_request([5, 3], spec_of(kind), positions=[])
+        full = make_request([5, 3], spec_of(kind))
         empty, whole = teacher.score([request, full])
         assert (len(empty.signal), len(whole.signal)) == (0, 8)
         assert check_reply(request, empty, None) is None
@@ -143,10 +147,11 @@ def test_topk_of_the_whole_vocabulary_equals_dense_and_has_no_tail(teacher):
         topk = make_request([30, 12], SignalSpec("topk", 320, top_k, TEMPERATURES), 4)
         dense = replace(topk, spec=SignalSpec("dense", 320))
         kept, every = (reply.signal for reply in teacher.score([topk, dense]))
-        assert kept.ids_NK.shape == (42, 320)
+        ids_NK, logprobs_NK = kept.entries()
+        assert (ids_NK == np.arange(320)).all()
+        assert ids_NK.shape == (42, 320)
         assert (kept.tail_logmass_NM == -np.inf).all()
-        assert np.array_equal(np.take_along_axis(every.logprobs_NC, kept.ids_NK, -1), kept.logprobs_NK)
-        assert (np.diff(kept.logprobs_NK, axis=-1) <= 0).all()
+        np.testing.assert_allclose(every.logprobs_NC, logprobs_NK, atol=2**-8)  # the last of float16's bits, below 8
         assert check_reply(topk, ScoreReply("request", "t", 42, kept), None) is None
 
 
@@ -157,7 +162,7 @@ def test_topk_tail_mass_equals_fp64_at_every_temperature(tmp_path, top_k):
     request = make_request([60, 5], SignalSpec("topk", 320, top_k, TEMPERATURES), 5)
     [reply] = teacher.score([request])
     logits = reference_logits(tiny.model(**changes), request)
-    expected = reference_tails(logits, torch.from_numpy(reply.signal.ids_NK.astype(np.int64)), TEMPERATURES)
+    expected = reference_tails(logits, torch.from_numpy(reply.signal.entries()[0]), TEMPERATURES)
     tails = torch.from_numpy(reply.signal.tail_logmass_NM).double()
     # Relative to a log, so tiny tails are held as tightly as large ones.
     torch.testing.assert_close(tails, expected, rtol=1e-4, atol=1e-4)
@@ -173,8 +178,7 @@ def test_padded_vocabulary_is_normalised_over_the_asked_columns(teacher, kind):
     expected = torch.log_softmax(reference_logits(tiny.model(), request)[:, :columns], -1)
     found = reply.signal.logprobs_NC if kind == "dense" else reply.signal.logprobs_NK
     if kind == "topk":
-        assert reply.signal.ids_NK.max() < columns
-        expected = expected.gather(-1, torch.from_numpy(reply.signal.ids_NK.astype(np.int64)))
+        assert (reply.signal.entries()[0] == np.arange(columns)).all()
         assert (reply.signal.tail_logmass_NM == -np.inf).all()
     assert found.shape == (40, columns)
     torch.testing.assert_close(torch.from_numpy(found).double(), expected, atol=HALF, rtol=0)
@@ -182,9 +186,9 @@ def test_padded_vocabulary_is_normalised_over_the_asked_columns(teacher, kind):
 
 
 def test_score_in_small_chunks_equals_one_chunk(teacher, monkeypatch):
-    requests = [make_request([37], SignalSpec(kind, 320, 6, TEMPERATURES)) for kind in ("topk", "dense")]
+    requests = [make_request([37], spec_of(kind)) for kind in ("topk", "sampled", "dense")]
     whole = teacher.score(requests)
-    monkeypatch.setattr("services.teacher.model._CHUNK_ELEMENTS", 320 * 5)
+    monkeypatch.setattr("services.teacher.scoring._CHUNK_ELEMENTS", 320 * 5)
     for one, other in zip(whole, teacher.score(requests), strict=True):
         for found, expected in zip(arrays(other.signal), arrays(one.signal), strict=True):
             np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-4)
@@ -207,9 +211,14 @@ REFUSED = {
     "too_many_tokens": (make_request([200, 200, 201], HIDDEN), "601 tokens, at most 600"),
     "vocabulary_too_large": (replace(GOOD, spec=SignalSpec("hidden", 321)), "321 vocabulary columns.* has 320"),
     "vocabulary_empty": (replace(GOOD, spec=SignalSpec("dense", 0)), "0 vocabulary columns"),
-    "unknown_kind": (replace(GOOD, spec=SignalSpec("sampled", 320)), "signal 'sampled' is not known"),  # type: ignore[arg-type]
+    "unknown_kind": (replace(GOOD, spec=SignalSpec("logits", 320)), "signal 'logits' is not known"),  # type: ignore[arg-type]
     "top_k": (replace(GOOD, spec=SignalSpec("topk", 320, 0)), "top_k=0"),
     "temperature": (replace(GOOD, spec=SignalSpec("topk", 320, 3, (0.0,))), r"temperatures \(0\.0,\)"),
+    "bits": (replace(GOOD, spec=SignalSpec("topk", 320, logprob_bits=4)), "log-probabilities of 4 bits"),  # type: ignore[arg-type]
+    "draws": (replace(GOOD, spec=SignalSpec("sampled", 320, draws=0)), "draws=0"),
+    "proposal": (replace(GOOD, spec=SignalSpec("sampled", 320, proposal=0)), "proposal=0"),
+    "sampled_twice": (replace(GOOD, spec=SignalSpec("sampled", 320, temperatures=(1.0, 2.0))), "one, positive"),
+    "seed": (replace(GOOD, spec=SignalSpec("sampled", 320), seed=-1), "seed=-1"),
     "no_temperature": (replace(GOOD, spec=SignalSpec("topk", 320, 3, ())), r"temperatures \(\)"),
 }
 
@@ -232,16 +241,28 @@ def reply_to(request: ScoreRequest, signal: Any, **changes: Any) -> ScoreReply:
 
 
 TOPK = SignalSpec("topk", 6, 2, (1.0, 2.0))
+IDS = np.array([[0, 5], [2, 3], [1, 4]])
 SIGNALS: dict[str, tuple[SignalSpec, Any]] = {
     "hidden": (SignalSpec("hidden", 6), HiddenSignal(np.ones((3, 4), np.uint16))),
-    "topk": (
-        TOPK,
-        TopkSignal(
-            np.ones((3, 2), np.int32), -np.ones((3, 2), np.float16), -np.ones((3, 2), np.float32), TOPK.temperatures
+    "topk": (TOPK, TopkSignal.of(IDS, -np.ones((3, 2), np.float32), -np.ones((3, 2), np.float32), TOPK)),
+    "sampled": (
+        SignalSpec("sampled", 6, draws=2, proposal=0.5),
+        SampledSignal.of(
+            IDS,
+            np.full((3, 2), 0.5, np.float32),
+            np.ones(3, np.float32),
+            np.ones(3, np.int32),
+            SignalSpec("sampled", 6, draws=2, proposal=0.5),
         ),
     ),
     "dense": (SignalSpec("dense", 6), DenseSignal(-np.ones((3, 6), np.float16))),
 }
+
+
+def first_rows(signal: Any, count: int) -> Any:
+    return replace(
+        signal, **{name: value[:count] for name, value in vars(signal).items() if isinstance(value, np.ndarray)}
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -253,7 +274,7 @@ def test_reply_to_another_question_is_found(kind):
     assert check_reply(request, good, None) is None
     assert "answers request other, not asked" in check_reply(request, replace(good, request_id="other"), None)
     assert "comes from teacher teacher, expected mine" in check_reply(request, good, "mine")
-    assert "has 2 rows" in check_reply(request, replace(good, signal=signal.rows(0, 2)), None)
+    assert "has 2 rows" in check_reply(request, replace(good, signal=first_rows(signal, 2)), None)
     assert "for 4 tokens" in check_reply(request, replace(good, num_tokens=4), None)
     for other in set(KINDS) - {kind}:
         assert "another kind" in check_reply(request, replace(good, signal=SIGNALS[other][1]), None)
@@ -264,6 +285,10 @@ def test_reply_of_another_width_is_found():
         ("dense", SignalSpec("dense", 7)),
         ("topk", replace(TOPK, top_k=3)),
         ("topk", replace(TOPK, temperatures=(1.0, 3.0))),
+        ("topk", replace(TOPK, logprob_bits=8)),
+        ("topk", replace(TOPK, vocab_size=7)),
+        ("sampled", replace(SIGNALS["sampled"][0], draws=3)),
+        ("sampled", replace(SIGNALS["sampled"][0], proposal=1.0)),
     ):
         request = make_request([5], narrower, positions=[0, 2, 3])
         assert "width" in check_reply(request, reply_to(request, SIGNALS[kind][1]), None)
@@ -279,6 +304,8 @@ def test_reply_of_another_width_is_found():
         ("dense", "logprobs_NC", np.inf),
         ("topk", "logprobs_NK", np.nan),
         ("topk", "logprobs_NK", np.inf),
+        ("sampled", "weights_NS", np.nan),
+        ("sampled", "entropy_N", np.inf),
         ("topk", "tail_logmass_NM", np.nan),
         ("topk", "tail_logmass_NM", np.inf),
     ],
@@ -287,7 +314,7 @@ def test_reply_with_a_value_that_is_not_finite_is_found(kind, field, value):
     spec, signal = SIGNALS[kind]
     request = make_request([5], spec, positions=[0, 2, 3])
     bad = copied(signal)
-    getattr(bad, field)[1, 1] = value
+    getattr(bad, field)[1, ...] = value
     assert "not finite" in check_reply(request, reply_to(request, bad), None)
 
 
@@ -316,95 +343,33 @@ def test_copied_record_has_arrays_of_its_own():
 
 
 def test_bytes_per_position_are_those_of_the_arrays(teacher):
-    for kind in KINDS:
-        for top_k in (3, 9999):
-            spec = SignalSpec(kind, 320, top_k, TEMPERATURES)
-            [reply] = teacher.score([make_request([10], spec)])
-            assert sum(array.nbytes for array in arrays(reply.signal)) == 10 * spec.bytes_per_position(32)
+    for spec in (*contract_specs(320).values(), SignalSpec("topk", 320, 9999)):
+        [reply] = teacher.score([make_request([10], spec)])
+        assert sum(array.nbytes for array in arrays(reply.signal)) == 10 * spec.bytes_per_position(32)
 
 
-class Recorder:
-    """Replies with the number of tokens; notes its batches; waits at a gate; fails for a marked request."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[str]] = []
-        self.gate = threading.Event()
-
-    def __call__(self, requests: list[ScoreRequest]) -> list[Any]:
-        self.batches.append([request.request_id for request in requests])
-        assert self.gate.wait(30)
-        if any(request.request_id == "bad" for request in requests):
-            raise ValueError("bad")
-        return [request.request_id for request in requests]
+@pytest.mark.parametrize("vocab_size", [49_152, 151_936, 262_144])
+def test_bytes_of_64_entries_stay_below_272(vocab_size):
+    assert SignalSpec("topk", vocab_size).bytes_per_position(4096) < 272
+    assert SignalSpec("topk", vocab_size, logprob_bits=8).bytes_per_position(4096) < 200
+    assert SignalSpec("sampled", vocab_size).bytes_per_position(4096) < 80
 
 
-def merge(names_and_tokens: list[tuple[str, int]], recorder: Recorder, cancelled: str | None = None) -> list[Any]:
-    """Asks for "first", and for the others while that one runs."""
-
-    async def ask() -> list[Any]:
-        merger = Merger(recorder, max_tokens=10)
-        first = asyncio.ensure_future(merger.reply(make_request([3], HIDDEN, name="first")))
-        while not recorder.batches:
-            await asyncio.sleep(0)
-        others = {
-            name: asyncio.ensure_future(merger.reply(make_request([tokens], HIDDEN, name=name)))
-            for name, tokens in names_and_tokens
-        }
-        await asyncio.sleep(0)
-        if cancelled is not None:
-            others[cancelled].cancel()
-            await asyncio.sleep(0)
-        recorder.gate.set()
-        return await asyncio.gather(first, *others.values(), return_exceptions=True)
-
-    return asyncio.run(ask())
-
-
-def test_merger_joins_what_waits_up_to_the_budget_in_order():
-    recorder = Recorder()
-    replies = merge([("a", 4), ("b", 4), ("c", 3), ("d", 7), ("e", 12), ("f", 1)], recorder)
-    assert replies == ["first", "a", "b", "c", "d", "e", "f"]
-    assert recorder.batches == [["first"], ["a", "b"], ["c", "d"], ["e"], ["f"]]
-
-
-def test_merger_bad_request_fails_alone():
-    recorder = Recorder()
-    first, good, bad, other = merge([("good", 2), ("bad", 2), ("other", 2)], recorder)
-    assert (first, good, other) == ("first", "good", "other")
-    assert isinstance(bad, ValueError)
-    assert recorder.batches[1:] == [["good", "bad", "other"], ["good"], ["bad"], ["other"]]
-
-
-def test_merger_does_not_repeat_a_request_that_failed_alone_nor_one_whose_caller_has_gone():
-    recorder = Recorder()
-    replies = merge([("bad", 10)], recorder)
-    assert isinstance(replies[1], ValueError)
-    assert recorder.batches == [["first"], ["bad"]]
-
-    async def ask() -> list[Any]:
-        merger, recorder.batches = Merger(recorder, max_tokens=10), []
-        recorder.gate.clear()
-        names = ("first", "gone", "bad", "good")
-        asked = [asyncio.ensure_future(merger.reply(make_request([3], HIDDEN, name=name))) for name in names]
-        while not recorder.batches:
-            await asyncio.sleep(0)
-        asked[1].cancel()  # while it is computed
-        recorder.gate.set()
-        return await asyncio.gather(*asked, return_exceptions=True)
-
-    first, gone, bad, good = asyncio.run(ask())
-    assert (first, good) == ("first", "good")
-    assert isinstance(gone, asyncio.CancelledError)
-    assert isinstance(bad, ValueError)
-    assert recorder.batches == [["first", "gone", "bad"], ["first"], ["bad"], ["good"]]
-
-
-def test_merger_leaves_out_requests_whose_caller_has_gone():
-    recorder = Recorder()
-    replies = merge([("gone", 2), ("kept", 2)], recorder, cancelled="gone")
-    assert isinstance(replies[1], asyncio.CancelledError)
-    assert replies[2] == "kept"
-    assert recorder.batches == [["first"], ["kept"]]
+def test_log_probabilities_in_8_bits_come_back_within_half_a_step():
+    rng = np.random.default_rng(0)
+    logprobs = (-12 * rng.random((50, 64))).astype(np.float32)
+    logprobs[0] = -3.0  # all alike
+    logprobs[1, 5] = -np.inf  # ruled out: neither a step nor a part of the range
+    spec = SignalSpec("topk", 1000, logprob_bits=8)
+    signal = TopkSignal.of(np.tile(np.arange(64), (50, 1)), logprobs, np.zeros((50, 1), np.float32), spec)
+    assert signal.logprobs_NK.dtype == np.uint8
+    found = signal.entries()[1]
+    assert found[1, 5] == -np.inf
+    assert signal.is_finite()
+    finite = np.isfinite(logprobs)
+    assert np.abs(found[finite] - logprobs[finite]).max() <= 12 / 254 / 2 + HALF
+    bad = replace(signal, range_N2=np.full((50, 2), np.nan, np.float16))
+    assert not bad.is_finite()
 
 
 def test_client_in_a_process_with_grpc_handles_is_refused(monkeypatch):
