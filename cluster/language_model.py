@@ -34,8 +34,16 @@ class OutputHead:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] in float32 of hidden states [N, D]."""
-        raw = nn.functional.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()
-        return self.cap(raw)
+        return self.cap(self.products(hidden_ND).float())
+
+    def products(self, hidden_ND: Tensor) -> Tensor:
+        """What `cap` makes logits of, [N, V] in the dtype of the weights."""
+        return nn.functional.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the products are the logits."""
+        return self.scale == 1.0 and self.soft_cap is None
 
     def cap(self, raw_NV: Tensor) -> Tensor:
         """Scale and soft-cap of raw products, in their dtype."""

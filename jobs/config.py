@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from cluster.config import Config, execution
 from cluster.connection import ClusterConfig
 from services.endpoint.schema import EndpointConfig
-from services.teacher.schema import SignalKind
+from services.teacher.signals import SignalKind
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$"), AfterValidator(lambda name: _no_dots(name))]
 Scalar = bool | int | float | str | None
@@ -74,6 +74,8 @@ class TrainConfig(Config):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`bfloat16` is autocast with float32 weights; `auto` takes it on a GPU, and on processors that multiply it."""
     gradient_checkpointing: bool = execution(False)
+    compile: bool = execution(True)
+    """Compile the loss where the training is long enough for that and the machine has a C++ compiler."""
     seed: int = Field(0, ge=0, lt=2**32)
     validate_every: int = execution(100, ge=1)
     validation_rows: int = execution(128, ge=1)
@@ -163,9 +165,26 @@ class DistillConfig(Config):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     jsd_beta: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of the Jensen-Shannon divergence."""
-    signal: SignalKind = "hidden"
-    """What the teacher sends: `hidden` states (exact), `topk` with tail mass, `dense` log-probabilities."""
+    signal: SignalKind | Literal["auto"] = "auto"
+    """What the teacher sends: `hidden` states (every divergence exact), the `topk` entries with the mass of the rest,
+    `sampled` tokens (forward KL without bias), `dense` log-probabilities; `auto` chooses and says why."""
     top_k: int = Field(64, ge=1)
+    """Entries of `topk`."""
+    logprob_bits: Literal[16, 8] = 16
+    """Of each entry of `topk`: float16, or 8 bits between the extremes of its position."""
+    draws: int = Field(32, ge=1)
+    """Tokens drawn for each position of `sampled`."""
+    proposal: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """`sampled` draws from the teacher's probabilities to this power and weights back: below 1 favours rare tokens."""
+
+    @model_validator(mode="after")
+    def _signal_gives_the_divergence(self) -> Self:
+        if self.signal == "sampled" and self.divergence != "forward_kl":
+            raise ValueError(
+                f"signal=sampled gives only divergence=forward_kl, found {self.divergence}: draws from the teacher say "
+                "nothing of tokens that only the student believes in; use signal=hidden"
+            )
+        return self
 
 
 class EvaluateConfig(Config):

@@ -25,6 +25,8 @@ class Bar(Protocol):
 
     def over(self, items: list[T]) -> Iterable[T]: ...
 
+    def say(self, text: str) -> None: ...
+
 
 class ConsoleProgress:
     """Bars on a terminal; on anything else a line every few seconds, so that logs show life too."""
@@ -91,6 +93,10 @@ class ConsoleBar:
         for number, item in enumerate(items, 1):
             yield item
             self.update(number)
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the bars."""
+        self._owner.say(f"{self._name:<10} {text}")
 
     def finish(self, note: str) -> None:
         total = self._total if self._total is not None else max(self._done, 1)

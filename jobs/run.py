@@ -55,7 +55,8 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
     answers = any(stage.name == "serve" for stage in pending)
     if answers and not config.cluster.resolved_address():  # a cluster may have a Serve there, for us to use
         check_port_free(config.serve.host, config.serve.port)
-    check_shapes(config)
+    if any(stage.name in ("teacher", "train") for stage in pending):
+        check_shapes(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_one(config))
         stack.enter_context(progress)

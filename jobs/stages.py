@@ -268,7 +268,9 @@ def _train(run: Run, bar: Bar) -> Output:
         return run_training(plan(None), run.cluster, bar, run.track(""))
     bar.start(config.train.steps, "starting the teachers")
     assert run.teacher_model is not None
-    with teacher_service(config.teacher, run.teacher_model, run.tokenizer, run.outputs["prepare"], config) as access:
+    store = run.outputs["prepare"]
+    with teacher_service(config.teacher, run.teacher_model, run.tokenizer, store, config) as (access, reason):
+        bar.say(reason)
         return run_training(plan(access), run.cluster, bar, run.track(""))
 
 

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.ledger import STAGES
+from jobs.training.timing import PARTS
 
 _TITLES = {
     "teacher": "teacher",
@@ -58,7 +59,7 @@ def _note(stage: dict[str, Any]) -> str:
         note = f"{stage['rows']:,} rows, {stage['tokens_per_s']:,.0f} tokens/s, loss {stage['losses'][-1]:.3f}"
         if stage.get("teacher_calls"):
             note += f", {stage['teacher_calls']:,} teacher calls, waited {stage['teacher_wait_s']:.1f} s"
-        return note
+        return "\n".join([note, *_where_time_goes(stage)])
     if "documents" in stage:
         return f"{stage['documents']:,} documents, {stage['rows']['train']:,} + {stage['rows']['validation']:,} rows"
     if "champion" in stage:
@@ -66,6 +67,18 @@ def _note(stage: dict[str, Any]) -> str:
     if "answer" in stage:
         return f"{stage['question']!r} → {stage['answer']!r}"
     return ""
+
+
+def _where_time_goes(stage: dict[str, Any]) -> list[str]:
+    """What a record of an older version does not have."""
+    lines = []
+    if stage.get("teacher_tokens_per_s"):
+        per_replica, size_b = stage["teacher_tokens_per_s"], stage["signal_bytes_per_position"]
+        lines.append(f"a replica scored {per_replica:,.0f} tokens/s, {size_b:,.0f} bytes per position")
+    parts_s = stage.get("parts_s", {})
+    if total := sum(parts_s.values()):
+        lines.append("time: " + ", ".join(f"{name} {parts_s.get(name, 0) / total:.0%}" for name in PARTS))
+    return lines
 
 
 def size(num_bytes: int) -> str:

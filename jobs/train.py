@@ -18,6 +18,7 @@ from cluster.resources import process_environment, threads_each
 from cluster.storage import LocalStorage, open_storage
 from jobs.config import RunConfig, TeacherConfig
 from jobs.progress import Bar, start_board
+from jobs.training.choice import choose_signal
 from jobs.training.plan import TeacherAccess, TrainPlan
 from services.teacher.client import TeacherClient, start_teacher, stop_teacher
 from services.teacher.schema import TeacherServiceConfig
@@ -86,6 +87,9 @@ def run_training(plan: TrainPlan, connection: Connection, bar: Bar, on_step: OnS
         "teacher_calls": outcome["teacher_calls"],
         "teacher_wait_s": outcome["teacher_wait_s"],
         "retries": outcome["retries"],
+        "signal_bytes_per_position": outcome["signal_bytes"] / max(1, outcome["positions"]),
+        "teacher_tokens_per_s": outcome["tokens"] / outcome["teacher_s"] if outcome["teacher_s"] else 0.0,
+        "parts_s": outcome["parts_s"],
         "validation": outcome["validation"],
         "losses": outcome["losses"],
     }
@@ -94,8 +98,11 @@ def run_training(plan: TrainPlan, connection: Connection, bar: Bar, on_step: OnS
 @contextlib.contextmanager
 def teacher_service(
     config: TeacherConfig, model: str, tokenizer: str, store: dict[str, Any], run: RunConfig
-) -> Iterator[TeacherAccess]:
+) -> Iterator[tuple[TeacherAccess, str]]:
     """Teacher replicas for the length of the block, checked against the example store before any step.
+
+    Yields:
+        How to reach them and what to ask for, and why that, as a line for people.
 
     Raises:
         TokenizerMismatch: the teacher's ids mean other tokens than the store's.
@@ -127,13 +134,16 @@ def teacher_service(
                 f"data.sequence_length={store['sequence_length']}, teacher {model} takes at most "
                 f"{description.max_sequence_tokens} tokens: lower it"
             )
-        yield TeacherAccess(
+        signal, reason = choose_signal(run.distill, description)
+        access = TeacherAccess(
             app_name=app_name,
             fingerprint=description.fingerprint,
+            signal=signal,
             attempt_timeout_s=config.attempt_timeout_s,
             deadline_s=config.deadline_s,
             window_bytes=int(config.window_mb * 2**20),
         )
+        yield access, reason
     finally:
         stop_teacher(app_name)
 

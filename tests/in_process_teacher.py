@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,8 @@ import torch
 from cluster.errors import TeacherFailed
 from services.teacher.client import ClientCounters, TeacherAnswers
 from services.teacher.model import TeacherModel
-from services.teacher.schema import (
-    DenseSignal,
-    HeadRecord,
-    HiddenSignal,
-    ScoreReply,
-    ScoreRequest,
-    SignalSpec,
-    TeacherDescription,
-    TopkSignal,
-    check_reply,
-)
+from services.teacher.schema import ScoreReply, ScoreRequest, TeacherDescription, check_reply
+from services.teacher.signals import DenseSignal, HeadRecord, HiddenSignal, SampledSignal, SignalSpec, TopkSignal
 
 HALF = 8e-3
 """Error of a float16 log-probability down to -16: half a unit in the last place, 2^-8, and that of the arithmetic."""
@@ -99,14 +91,26 @@ def assert_contract(teacher: TeacherAnswers, model: Any) -> None:
     shuffled = [30, 0, 16, 17, 5, 4, 21]  # a sequence's last token too, and not in order
     for seed, positions in ((1, None), (2, shuffled)):
         lengths = [17, 1, 13]
-        for kind in ("hidden", "topk", "dense"):
-            spec = SignalSpec(kind, columns, 7, TEMPERATURES)
-            request = make_request(lengths, spec, seed, positions, f"{kind}-{seed}")
+        for name, spec in contract_specs(columns).items():
+            request = make_request(lengths, spec, seed, positions, f"{name}-{seed}")
             reply = teacher.submit(request).result(60)
             assert reply.request_id == request.request_id
             assert reply.teacher_fingerprint == described.fingerprint == head.fingerprint
             assert (reply.num_tokens, len(reply.signal)) == (31, len(request.positions))
             _assert_signal(reply.signal, head, reference_logits(model, request)[:, :columns], spec)
+
+
+def contract_specs(columns: int) -> dict[str, SignalSpec]:
+    """One of each kind, with its options."""
+    topk = SignalSpec("topk", columns, 7, TEMPERATURES)
+    return {
+        "hidden": SignalSpec("hidden", columns),
+        "topk": topk,
+        "topk, 8 bits": replace(topk, logprob_bits=8),
+        "sampled": SignalSpec("sampled", columns, temperatures=(2.0,), draws=9),
+        "sampled, weighted": SignalSpec("sampled", columns, draws=9, proposal=0.5),
+        "dense": SignalSpec("dense", columns),
+    }
 
 
 def _assert_signal(signal: Any, head: HeadRecord, logits_NC: torch.Tensor, spec: SignalSpec) -> None:
@@ -122,16 +126,26 @@ def _assert_signal(signal: Any, head: HeadRecord, logits_NC: torch.Tensor, spec:
         error = (found[:, : spec.vocab_size] - logits_NC).abs().max()
         assert error < 2e-2 * logits_NC.abs().max(), error
     elif isinstance(signal, TopkSignal):
-        assert (signal.ids_NK.dtype, signal.logprobs_NK.dtype) == (np.int32, np.float16)
         assert signal.temperatures == spec.temperatures
-        kept = expected.topk(spec.top_k)
-        ids = torch.from_numpy(signal.ids_NK.astype(np.int64))
+        ids_NK, logprobs_NK = (torch.from_numpy(array) for array in signal.entries())
+        of_kept = expected.gather(-1, ids_NK.long())
         # By value: two tokens that are almost as likely may swap places.
-        torch.testing.assert_close(expected.gather(-1, ids), kept.values, atol=1e-4, rtol=0)
-        logprobs = torch.from_numpy(signal.logprobs_NK).double()
-        torch.testing.assert_close(logprobs, kept.values, atol=HALF, rtol=0)
+        kept = expected.topk(spec.top_k).values
+        torch.testing.assert_close(of_kept.sort(-1, descending=True).values, kept, atol=1e-4, rtol=0)
+        step = 0.0 if spec.logprob_bits == 16 else (kept[:, :1] - kept[:, -1:]) / 254 / 2
+        assert ((logprobs_NK.double() - of_kept).abs() <= HALF + step).all()
         tails = torch.from_numpy(signal.tail_logmass_NM).double()
-        torch.testing.assert_close(tails, reference_tails(logits_NC, ids, spec.temperatures), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(tails, reference_tails(logits_NC, ids_NK, spec.temperatures), atol=1e-4, rtol=1e-4)
+    elif isinstance(signal, SampledSignal):
+        p = torch.softmax(logits_NC / spec.temperatures[0], -1)
+        torch.testing.assert_close(
+            torch.from_numpy(signal.entropy_N).double(), -(p * p.log()).sum(-1), atol=1e-4, rtol=0
+        )
+        torch.testing.assert_close(p.gather(-1, torch.from_numpy(signal.best_N)[:, None].long())[:, 0], p.amax(-1))
+        ids_NS, weights_NS = (torch.from_numpy(array) for array in signal.entries())
+        proposal = torch.softmax(p.log() * spec.proposal, -1)
+        found = torch.zeros_like(p).scatter_add_(-1, ids_NS.long(), weights_NS.double()) * proposal / p
+        assert ((found - proposal).abs() <= 1.01 / spec.draws).all()  # systematic draws: less than one too many or few
     else:
         assert isinstance(signal, DenseSignal)
         assert signal.logprobs_NC.dtype == np.float16
@@ -142,6 +156,6 @@ def reference_tails(logits_NC: torch.Tensor, ids_NK: torch.Tensor, temperatures:
     """Log of the probability outside `ids_NK` at each temperature, in float64 from probabilities."""
     columns = []
     for temperature in temperatures:
-        outside = torch.softmax(logits_NC.double() / temperature, -1).scatter(-1, ids_NK, 0.0)
+        outside = torch.softmax(logits_NC.double() / temperature, -1).scatter(-1, ids_NK.long(), 0.0)
         columns.append(outside.sum(-1).log())
     return torch.stack(columns, -1)

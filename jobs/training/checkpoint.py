@@ -34,12 +34,19 @@ class TrainState:
     losses: list[float] = field(default_factory=list)
     rows: int = 0
     tokens: int = 0
+    positions: int = 0
+    """Tokens that the loss was taken of."""
     rows_checksum: int = 0
     """Sum of 32-bit hashes of the ids of all rows trained on: equal sums, equal rows, in any order."""
     teacher_calls: int = 0
     retries: int = 0
     teacher_wait_s: float = 0.0
+    signal_bytes: int = 0
+    teacher_s: float = 0.0
+    """Time that replicas spent on the answers, added up."""
     train_s: float = 0.0
+    parts_s: dict[str, float] = field(default_factory=dict)
+    """What `train_s` went into, on the leading worker (`timing.PARTS`)."""
     validation: list[list[float]] = field(default_factory=list)
     """Pairs of step and held-out bits per byte."""
 

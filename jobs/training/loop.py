@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +23,17 @@ from jobs.scoring import TextScore, score_text, scored_hidden_states
 from jobs.training.checkpoint import Checkpoints, TrainState
 from jobs.training.data import ExampleStore, GlobalBatches, MicroBatch, collate
 from jobs.training.initial import build_student
-from jobs.training.losses import Objective, distillation_loss, teacher_head, teacher_target
+from jobs.training.losses import distillation_loss
+from jobs.training.objective import Objective
 from jobs.training.plan import TrainPlan
 from jobs.training.prefetch import Prefetch
+from jobs.training.targets import teacher_target
+from jobs.training.targets.full import teacher_head
+from jobs.training.targets.fused import compiled_forward_kl
+from jobs.training.timing import StepClock
 from jobs.training.workers import StepSums, Workers
 from services.teacher.client import TeacherAnswers, TeacherClient
-from services.teacher.schema import Signal, SignalSpec
+from services.teacher.signals import Signal
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +59,17 @@ def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, rep
         plan.distill.alpha if teacher else 1.0, plan.distill.temperature, plan.distill.divergence, plan.distill.jsd_beta
     )
 
+    clock = StepClock()
+    positions = config.steps * config.global_batch / workers.count * store.manifest["sequence_length"]
+    fused = compiled_forward_kl(positions * student_head.vocab_size) if teacher and config.compile else None
+
     def loss_of(batch: MicroBatch, signal: Signal | None) -> Any:
-        with torch.autocast(workers.device.type, dtype, enabled=dtype != torch.float32):
+        with clock.part("forward"), torch.autocast(workers.device.type, dtype, enabled=dtype != torch.float32):
             hidden_ND = scored_hidden_states(body, batch, workers.device)
-        targets_N = torch.from_numpy(batch.targets).to(workers.device)
-        return distillation_loss(hidden_ND.to(dtype), student_head, targets_N, signals.target(signal), objective)
+        with clock.part("loss"):
+            targets_N = torch.from_numpy(batch.targets).to(workers.device)
+            target = signals.target(signal)
+            return distillation_loss(hidden_ND.to(dtype), student_head, targets_N, target, objective, fused)
 
     shares = signals.with_signals(
         batches.micro_batches(range(state.step, config.steps), workers.rank, workers.count, config.micro_batch)
@@ -69,23 +81,23 @@ def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, rep
         sums = StepSums()
         for batch, signal in shares:
             loss = loss_of(batch, signal)
-            loss.total.backward()
+            with clock.part("backward"):
+                loss.total.backward()
             sums.add(batch, loss)
             if batch.last:
                 break
         sums = workers.add_up(signals.count_into(sums))
-        workers.add_up_gradients(model, divisor=max(1.0, sums.positions))
-        grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
-        if not math.isfinite(sums.loss + grad_norm):
-            return _non_finite(
-                state, step, f"loss {sums.loss / max(1.0, sums.positions)}, gradient {grad_norm}", batches
-            )
-        rate = learning_rate(config, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        metrics = _count(state, sums, len(store), config, time.perf_counter() - started, workers)
+        with clock.part("optimizer"):
+            workers.add_up_gradients(model, divisor=max(1.0, sums.positions))
+            grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
+            if not math.isfinite(sums.loss + grad_norm):
+                return _non_finite(state, step, f"a loss of {sums.loss}, a gradient of {grad_norm}", batches)
+            rate = learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        metrics = _count(state, sums, len(store), config, time.perf_counter() - started, workers, clock)
         metrics |= {
             "train/grad_norm": grad_norm,
             "train/learning_rate": rate,
@@ -156,16 +168,17 @@ class _Signals:
         dtype: torch.dtype,
     ) -> None:
         self._teacher, self._workers, self._head = teacher, workers, None
-        self._counted = (0, 0, 0.0)
+        self._counted = (0, 0, 0.0, 0, 0.0)
         if teacher is None or plan.teacher is None:
             return
         description = teacher.describe()
-        if plan.distill.signal == "hidden":
-            self._head = teacher_head(teacher.head(), workers.device, dtype)
         self._columns = min(description.vocab_size, student_head.vocab_size)
-        spec = SignalSpec(plan.distill.signal, self._columns, plan.distill.top_k, (plan.distill.temperature,))
+        spec = replace(plan.teacher.signal, vocab_size=self._columns)
+        if spec.kind == "hidden":
+            self._head = teacher_head(teacher.head(), workers.device, dtype)
+        size = spec.bytes_per_position(description.hidden_size)
         self._prefetch = Prefetch(
-            teacher, spec, description.hidden_size, plan.teacher.window_bytes, f"worker{workers.rank}"
+            teacher, spec, size, plan.teacher.window_bytes, f"worker{workers.rank}", plan.train.seed
         )
 
     def with_signals(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Signal | None]]:
@@ -180,8 +193,9 @@ class _Signals:
         """Adds what happened since the last call."""
         if self._teacher is not None:
             counters = self._teacher.counters
-            now = (counters.calls, counters.retries, self._prefetch.waited_s)
-            sums.teacher_calls, sums.retries, sums.teacher_wait_s = (
+            asked = self._prefetch
+            now = (counters.calls, counters.retries, asked.waited_s, asked.received_bytes, asked.teacher_s)
+            sums.teacher_calls, sums.retries, sums.teacher_wait_s, sums.signal_bytes, sums.teacher_s = (
                 new - old for new, old in zip(now, self._counted, strict=True)
             )
             self._counted = now
@@ -224,10 +238,17 @@ def _optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def _count(
-    state: TrainState, sums: StepSums, num_rows: int, config: TrainConfig, seconds: float, workers: Workers
+    state: TrainState,
+    sums: StepSums,
+    num_rows: int,
+    config: TrainConfig,
+    seconds: float,
+    workers: Workers,
+    clock: StepClock,
 ) -> dict[str, float]:
-    """Advances the state by one step and returns the step's metrics."""
+    """Advances the state by one step and returns the step's metrics; parts of the time are the leader's."""
     wait_s = sums.teacher_wait_s / workers.count
+    parts = clock.take(seconds, wait_s)
     positions = max(1.0, sums.positions)
     state.step += 1
     epoch, position = divmod(state.step * config.global_batch, num_rows)
@@ -239,12 +260,17 @@ def _count(
     state.teacher_calls += int(sums.teacher_calls)
     state.retries += int(sums.retries)
     state.teacher_wait_s += wait_s
+    state.signal_bytes += int(sums.signal_bytes)
+    state.teacher_s += sums.teacher_s
+    state.positions += int(sums.positions)
     state.train_s += seconds
+    state.parts_s = {name: state.parts_s.get(name, 0.0) + part_s for name, part_s in parts.items()}
     metrics = {
         "train/loss": sums.loss / positions,
         "train/cross_entropy": sums.cross_entropy / positions,
         "train/tokens_per_s": sums.tokens / seconds,
         "train/step_s": seconds,
+        **{f"train/{name}_s": part_s for name, part_s in parts.items() if name != "wait"},
     }
     if sums.teacher_calls or state.teacher_calls:
         metrics |= {
@@ -252,6 +278,8 @@ def _count(
             "train/agreement": sums.agreements / positions,
             "train/teacher_wait_s": wait_s,
             "train/retries": sums.retries,
+            "train/signal_bytes_per_position": sums.signal_bytes / positions,
+            "teacher/tokens_per_s": sums.tokens / max(sums.teacher_s, 1e-9),
         }
     return metrics
 

@@ -2,13 +2,16 @@
 
 from cluster.config import Config
 from jobs.config import DistillConfig, StudentConfig, TrainConfig
+from services.teacher.signals import SignalSpec
 
 
 class TeacherAccess(Config):
-    """How a worker reaches the teacher service, and how far ahead it may ask."""
+    """How a worker reaches the teacher service, what it asks for, and how far ahead it may ask."""
 
     app_name: str
     fingerprint: str
+    signal: SignalSpec
+    """Its columns are the teacher's; a worker asks for those that its student has too."""
     attempt_timeout_s: float
     deadline_s: float
     window_bytes: int

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from jobs.training.data import MicroBatch
 from services.teacher.client import TeacherAnswers
-from services.teacher.schema import ScoreReply, ScoreRequest, Signal, SignalSpec
+from services.teacher.schema import ScoreReply, ScoreRequest
+from services.teacher.signals import Signal, SignalSpec, num_bytes
 
 
 @dataclass
@@ -22,19 +23,24 @@ class Prefetch:
     Args:
         teacher: who is asked.
         spec: the signal wanted.
-        hidden_size: the teacher's width, for the size of an answer.
+        bytes_per_position: of an answer.
         window_bytes: bound on answers asked for and not yet taken up, besides the one that is handed out next; one
             request is always allowed, so that the teacher works while the student trains whatever the bound.
         asker: a name that makes request ids unique, for example the worker's rank.
+        seed: what is drawn from the teacher follows from it, the step and the tokens.
     """
 
     teacher: TeacherAnswers
     spec: SignalSpec
-    hidden_size: int
+    bytes_per_position: int
     window_bytes: int
     asker: str
+    seed: int = 0
     waited_s: float = 0.0
     """Time the student spent waiting for answers."""
+    received_bytes: int = 0
+    teacher_s: float = 0.0
+    """Time that replicas spent on the answers."""
 
     def pairs(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Signal]]:
         """Every micro-batch with its signal, in order. What is still asked when the caller stops is cancelled."""
@@ -45,7 +51,7 @@ class Prefetch:
         try:
             while waiting or upcoming is not None or ready is not None:
                 while upcoming is not None:
-                    size = len(upcoming.positions) * self.spec.bytes_per_position(self.hidden_size)
+                    size = len(upcoming.positions) * self.bytes_per_position
                     if waiting and in_flight_bytes + size > self.window_bytes:
                         break
                     waiting.append((upcoming, self.teacher.submit(self._request(upcoming, number)), size))
@@ -58,8 +64,11 @@ class Prefetch:
                 if waiting:
                     batch, answer, size = waiting.popleft()
                     started = time.perf_counter()
-                    ready = batch, answer.result().signal
+                    reply = answer.result()
                     self.waited_s += time.perf_counter() - started
+                    self.received_bytes += num_bytes(reply.signal)
+                    self.teacher_s += reply.seconds
+                    ready = batch, reply.signal
                     in_flight_bytes -= size
         finally:
             for _, answer, _ in waiting:
@@ -72,4 +81,5 @@ class Prefetch:
             sequence_lengths=batch.sequence_lengths,
             positions=batch.positions,
             spec=self.spec,
+            seed=(self.seed + batch.step) % 2**32,  # no sequence is drawn for twice alike
         )

@@ -29,6 +29,9 @@ class StepSums:
     teacher_calls: float = 0.0
     retries: float = 0.0
     teacher_wait_s: float = 0.0
+    signal_bytes: float = 0.0
+    teacher_s: float = 0.0
+    """Time that replicas spent on the answers."""
 
     def add(self, batch: MicroBatch, loss: LossParts) -> None:
         self.loss += loss.total.item()

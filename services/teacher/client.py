@@ -19,15 +19,8 @@ from typing import Any, Protocol
 from cluster.connection import while_ray_lives
 from cluster.errors import TeacherFailed, TeacherUnavailable
 from services.teacher.pacing import Pacing
-from services.teacher.schema import (
-    HeadRecord,
-    ScoreReply,
-    ScoreRequest,
-    TeacherDescription,
-    TeacherServiceConfig,
-    check_reply,
-    copied,
-)
+from services.teacher.schema import ScoreReply, ScoreRequest, TeacherDescription, TeacherServiceConfig, check_reply
+from services.teacher.signals import HeadRecord, copied
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ Prefill only: no cache, no decoding. Waiting requests are packed into one grid w
 head runs in chunks, only on the positions asked for, and not at all for `hidden`.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -15,20 +16,10 @@ from torch import Tensor
 from cluster.errors import TeacherFailed
 from cluster.language_model import choose_dtype, hidden_states, load_causal_lm, pack, split
 from cluster.pretrained import load_tokenizer, locate, model_fingerprint, tokenizer_fingerprint
-from services.teacher.schema import (
-    DenseSignal,
-    HeadRecord,
-    HiddenSignal,
-    ScoreReply,
-    ScoreRequest,
-    Signal,
-    SignalKind,
-    SignalSpec,
-    TeacherDescription,
-    TopkSignal,
-)
+from services.teacher.schema import ScoreReply, ScoreRequest, TeacherDescription
+from services.teacher.scoring import signal_of
+from services.teacher.signals import HeadRecord, SignalKind
 
-_CHUNK_ELEMENTS = 1 << 22
 _DEFAULT_CONTEXT = 1 << 20
 
 
@@ -93,15 +84,22 @@ class TeacherModel:
         """
         for request in requests:
             self.check(request)
+        started = time.perf_counter()
         work = self._forward(requests)
+        signals = [
+            signal_of(work.hidden_ND[start : start + len(request.positions)], self._head, request)
+            for request, start in zip(requests, work.starts, strict=True)
+        ]
+        seconds_per_token = (time.perf_counter() - started) / sum(request.num_tokens for request in requests)
         return [
             ScoreReply(
                 request.request_id,
                 self._description.fingerprint,
                 request.num_tokens,
-                self._signal(work.hidden_ND[start : start + len(request.positions)], request.spec),
+                signal,
+                seconds_per_token * request.num_tokens,
             )
-            for request, start in zip(requests, work.starts, strict=True)
+            for request, signal in zip(requests, signals, strict=True)
         ]
 
     def check(self, request: ScoreRequest) -> None:
@@ -136,6 +134,12 @@ class TeacherModel:
         temperatures = spec.temperatures
         if spec.kind == "topk" and not (spec.top_k > 0 and temperatures and all(0 < t < np.inf for t in temperatures)):
             return f"top_k={spec.top_k} at temperatures {temperatures}: at least one of each, all positive"
+        if spec.kind == "topk" and spec.logprob_bits not in (16, 8):
+            return f"log-probabilities of {spec.logprob_bits} bits: 16 or 8"
+        if spec.kind == "sampled" and not (len(temperatures) == 1 and 0 < temperatures[0] < np.inf):
+            return f"sampled at temperatures {temperatures}: one, positive"
+        if spec.kind == "sampled" and not (spec.draws > 0 and 0 < spec.proposal < np.inf and request.seed >= 0):
+            return f"draws={spec.draws}, proposal={spec.proposal}, seed={request.seed}: all positive"
         return None
 
     def _forward(self, requests: list[ScoreRequest]) -> _Work:
@@ -156,30 +160,3 @@ class TeacherModel:
             first_row += len(request.positions)
         rows = torch.from_numpy(np.concatenate(flat)).to(self.device)
         return _Work(hidden_BTD.flatten(0, 1)[rows], starts)
-
-    def _signal(self, hidden_ND: Tensor, spec: SignalSpec) -> Signal:
-        if spec.kind == "hidden":
-            return HiddenSignal(hidden_ND.to(torch.bfloat16).cpu().view(torch.uint16).numpy())
-        chunk = max(1, _CHUNK_ELEMENTS // spec.vocab_size)
-        if spec.kind == "dense":
-            return DenseSignal(
-                torch.cat([self._logprobs(part, spec).half() for part in hidden_ND.split(chunk)]).cpu().numpy()
-            )
-        parts = [self._topk(part_nD, spec) for part_nD in hidden_ND.split(chunk)]
-        ids, logprobs, tails = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-        return TopkSignal(ids, logprobs, tails, spec.temperatures)
-
-    def _logprobs(self, hidden_nD: Tensor, spec: SignalSpec) -> Tensor:
-        return torch.log_softmax(self._head.logits(hidden_nD)[:, : spec.vocab_size], -1)
-
-    def _topk(self, hidden_nD: Tensor, spec: SignalSpec) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids [n, K] (int32), log-probabilities [n, K] (float16) and tail log-mass [n, M] (float32) of a chunk."""
-        logprobs_nC = self._logprobs(hidden_nD, spec)
-        kept = logprobs_nC.topk(min(spec.top_k, spec.vocab_size), dim=-1)
-        rest_nC = logprobs_nC.scatter(-1, kept.indices, float("-inf"))
-        tails = []
-        for temperature in spec.temperatures:
-            # As a logsumexp over the rest itself: 1 - (kept mass) would lose the small tails to cancellation.
-            tail_n = (rest_nC / temperature).logsumexp(-1)
-            tails.append(tail_n - (logprobs_nC / temperature).logsumexp(-1))
-        return kept.indices.int(), kept.values.half(), torch.stack(tails, -1)

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from cluster.connection import ClusterConfig, connect
 from cluster.errors import TeacherFailed, TeacherUnavailable
 from services.teacher.client import ClientCounters, TeacherClient, start_teacher, stop_teacher
 from services.teacher.model import TeacherModel
-from services.teacher.schema import SignalSpec, TeacherServiceConfig
+from services.teacher.schema import TeacherServiceConfig
+from services.teacher.signals import SignalSpec
 from tests import tiny
 from tests.in_process_teacher import TEMPERATURES, assert_contract, make_request
 
@@ -97,9 +99,9 @@ def test_service_describes_itself_and_its_head_like_the_model(service: Service) 
     assert (head.fingerprint, head.bias_V, head.scale, head.soft_cap) == (expected.fingerprint, None, 1.0, None)
 
 
-@pytest.mark.parametrize("kind", ["hidden", "topk", "dense"])
+@pytest.mark.parametrize("kind", ["hidden", "topk", "sampled", "dense"])
 def test_service_requests_asked_at_once_get_their_own_answers(service: Service, kind: Any) -> None:
-    spec = SignalSpec(kind, 320, 9, TEMPERATURES)
+    spec = SignalSpec(kind, 320, 9, (2.0,) if kind == "sampled" else TEMPERATURES)
     requests = [make_request([5 + i, 1, 40 - i], spec, i, name=f"{kind}-{i}") for i in range(30)]
     answers = [service.client.submit(request) for request in requests]
     for request, answer in zip(requests, answers, strict=True):
@@ -125,6 +127,25 @@ def test_service_refusal_is_final_and_not_retried(service: Service, request_: An
         service.client.score(request_)
     after = service.client.counters
     assert (after.calls - before.calls, after.retries - before.retries) == (1, 0)
+
+
+def test_service_tells_prometheus_what_it_does(service: Service) -> None:
+    import ray
+
+    service.client.score(make_request([40, 9], DENSE))
+    [node] = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    page, end = "", time.monotonic() + 60
+    while "raystill_teacher_tokens_total{" not in page:  # Ray exports every few seconds
+        assert time.monotonic() < end, page[:2000]
+        time.sleep(1)
+        with urllib.request.urlopen(url) as answer:
+            page = answer.read().decode()
+    for name in ("tokens_in_flight{", "batch_fill_bucket{", "queue_age_seconds_bucket{"):
+        assert f"ray_raystill_teacher_{name}" in page, name
+    [line] = [line for line in page.splitlines() if line.startswith("ray_raystill_teacher_tokens_total{")][:1]
+    assert 'deployment="Teacher"' in line
+    assert float(line.rsplit(" ", 1)[1]) >= 49
 
 
 def test_service_of_another_teacher_is_refused(service: Service) -> None:

@@ -62,7 +62,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def access(connection, base):
     config, teacher, manifest = base
-    with teacher_service(config.teacher, teacher, teacher, manifest, config) as reached:
+    with teacher_service(config.teacher, teacher, teacher, manifest, config) as (reached, _):
         yield reached
 
 

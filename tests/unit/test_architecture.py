@@ -23,13 +23,15 @@ MODULES = {
 LIGHT = sorted(
     {"cluster.config", "cluster.errors", "cluster.resources", "cluster.logs", "cluster.storage"}
     | {"cluster.connection", "cluster.pretrained", "cluster.tracking", "cluster.champions"}
-    | {"jobs.config", "jobs.ledger", "jobs.training.plan", "jobs.__main__"}
-    | {name for name in MODULES if re.fullmatch(r"services\.\w+\.(schema|client)", name)}
+    | {"jobs.config", "jobs.ledger", "jobs.training.plan", "jobs.training.choice", "jobs.training.objective"}
+    | {"jobs.__main__"}
+    | {name for name in MODULES if re.fullmatch(r"services\.\w+\.(schema|signals|packing|client)", name)}
 )
 """These import neither torch nor ray when they are imported."""
 NUMERIC = sorted(
     {"cluster.language_model", "jobs.scoring", "jobs.training.losses", "jobs.training.data", "jobs.training.initial"}
-    | {"services.teacher.model", "services.endpoint.model", "services.endpoint.decoding"}
+    | {name for name in MODULES if name.startswith("jobs.training.targets")}
+    | {"services.teacher.scoring", "services.teacher.model", "services.endpoint.model", "services.endpoint.decoding"}
 )
 """These know torch and not Ray, not even inside a function."""
 COMMANDS = [item.name or item.callback.__name__ for item in app.registered_commands]
@@ -113,10 +115,12 @@ def test_imports_services_import_no_jobs():
     assert not broken(lambda module, imported, _: room(module) == "services" and is_a(imported, "jobs"))
 
 
-def test_imports_jobs_know_only_schema_and_client_of_a_service():
+def test_imports_jobs_know_only_records_and_client_of_a_service():
     def wrong(module, imported, _):
         return (
-            room(module) == "jobs" and is_a(imported, "services") and service(imported)[1] not in ("schema", "client")
+            room(module) == "jobs"
+            and is_a(imported, "services")
+            and service(imported)[1] not in ("schema", "signals", "client")
         )
 
     assert not broken(wrong)
@@ -136,7 +140,10 @@ def test_imports_services_do_not_know_each_other():
 
 def test_imports_inside_a_service_point_one_way():
     forbidden = {
-        "schema": {"model", "deployment", "client"},
+        "packing": {"signals", "schema", "scoring", "model", "deployment", "client"},
+        "signals": {"schema", "scoring", "model", "deployment", "client"},
+        "schema": {"scoring", "model", "deployment", "client"},
+        "scoring": {"model", "deployment", "client"},
         "errors": {"schema", "model", "deployment", "client"},
         "model": {"deployment", "client"},
         "deployment": {"client"},

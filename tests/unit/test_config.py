@@ -293,6 +293,7 @@ EXECUTION = {
     "teacher.max_batch_tokens=99999": "max_batch_tokens",
     "teacher.attempt_timeout_s=3": "attempt_timeout_s",
     "teacher.deadline_s=900": "deadline_s",
+    "train.compile=false": "compile",
     "teacher.window_mb=3": "window_mb",
     "serve.host=0.0.0.0": "host",
     "serve.port=3": "port",

@@ -177,6 +177,12 @@ def test_tables_show_stages_and_models(ledger):
     for part in ("61.0", "version 3 is champion of mine-student", "1,234,567", "2.5 MB", "1.2346", "9,876"):
         assert part in text
     assert text.index("│ teacher ") < text.index("│ student ")
+    parts_s = {"data": 1.0, "wait": 2.0, "forward": 3.0, "loss": 4.0}
+    measured = {"teacher_tokens_per_s": 12345.6, "signal_bytes_per_position": 384.0, "parts_s": parts_s}
+    ledger.write("train", StageRecord("t", "done", 61.04, {**trained, **measured}))
+    text = shown(ledger.summary())
+    assert "a replica scored 12,346 tokens/s, 384 bytes per position" in text
+    assert "time: data 10%, wait 20%, forward 30%, loss 40%, backward 0%, optimizer 0%" in text
 
 
 def test_tables_show_what_a_model_says_as_it_is(ledger):

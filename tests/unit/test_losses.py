@@ -14,16 +14,13 @@ from torch import Tensor
 
 from cluster.language_model import OutputHead
 from jobs.training import losses
-from jobs.training.losses import (
-    DenseTarget,
-    HiddenTarget,
-    Objective,
-    TeacherTarget,
-    TopkTarget,
-    bfloat16_tensor,
-    distillation_loss,
-)
-from services.teacher.schema import DenseSignal, HiddenSignal, TopkSignal
+from jobs.training.losses import distillation_loss
+from jobs.training.objective import Objective
+from jobs.training.targets.base import LOG_FLOOR
+from jobs.training.targets.full import DenseTarget, FullTarget, HiddenTarget, bfloat16_tensor
+from jobs.training.targets.fused import compiled_forward_kl, forward_kl
+from jobs.training.targets.topk import TopkTarget
+from services.teacher.signals import DenseSignal, HiddenSignal, SignalSpec, TopkSignal
 
 N, D, V, K = 37, 12, 50, 7
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -47,11 +44,10 @@ def topk_signal(logits: Tensor, k: int, temperatures=TEMPERATURES) -> TopkSignal
     kept = logprobs.topk(k)
     rest = logprobs.scatter(-1, kept.indices, float("-inf"))
     tails = [(rest / t).logsumexp(-1) - (logprobs / t).logsumexp(-1) for t in temperatures]
-    return TopkSignal(
-        kept.indices.int().numpy(),
-        kept.values.half().numpy(),
-        torch.stack(tails, -1).float().numpy(),
-        tuple(temperatures),
+    spec = SignalSpec("topk", logits.shape[1], k, tuple(temperatures))
+    ids, order = kept.indices.sort(-1)
+    return TopkSignal.of(
+        ids.numpy(), kept.values.gather(-1, order).float().numpy(), torch.stack(tails, -1).float().numpy(), spec
     )
 
 
@@ -76,11 +72,13 @@ def reference_loss(hidden, head, targets, objective, p_of, buckets_of=None, colu
     if head.soft_cap is not None:
         logits = head.soft_cap * torch.tanh(logits / head.soft_cap)
     cross_entropy = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    q = torch.softmax(logits[:, :columns] / objective.temperature, -1)
+    q = torch.softmax(logits / objective.temperature, -1)
+    common = q[:, :columns].sum(-1, keepdim=True)  # other columns are impossible for the teacher
+    q = q[:, :columns] / common
     if buckets_of is not None:
         kept = q.gather(-1, buckets_of)
         q = torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], -1)
-    divergence = reference_divergence(p_of(objective.temperature), q, objective)
+    divergence = reference_divergence(p_of(objective.temperature), q, objective) - common.log().sum()
     return objective.alpha * cross_entropy + (1 - objective.alpha) * objective.temperature**2 * divergence
 
 
@@ -98,7 +96,8 @@ def assert_same(ours, reference, hidden, head, tolerance=1e-9):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of 16 positions, so that every test crosses chunk borders and has a short last chunk."""
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", 16 * V)
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", 20 * V)
+    monkeypatch.setattr(losses, "_BLOCK_ELEMENTS", 16 * V)
 
 
 def kinds(teacher_logits: Tensor):
@@ -115,13 +114,14 @@ def kinds(teacher_logits: Tensor):
     yield "hidden", HiddenTarget(hidden, head, teacher_logits.shape[1]), lambda t: torch.softmax(logits / t, -1), None
 
     topk = topk_signal(teacher_logits, K)
-    kept = torch.from_numpy(topk.logprobs_NK).double()
+    ids, kept = (torch.from_numpy(array) for array in topk.entries())
+    kept = kept.double()
 
     def bucketed(t: float) -> Tensor:
         tail = torch.from_numpy(topk.tail_logmass_NM)[:, TEMPERATURES.index(t)].double().exp()[:, None]
         return torch.cat([torch.softmax(kept / t, -1) * (1 - tail), tail], -1)
 
-    yield "topk", TopkTarget(topk, teacher_logits.shape[1], CPU), bucketed, torch.from_numpy(topk.ids_NK).long()
+    yield "topk", TopkTarget(topk, CPU), bucketed, ids.long()
 
 
 @pytest.mark.parametrize(
@@ -150,15 +150,86 @@ def test_loss_scaled_capped_and_biased_student_heads_equal_reference(divergence,
     assert_same(ours, reference, hidden, head)
 
 
-class Exact(TeacherTarget):
+class Exact(FullTarget):
     """Teacher logits in float64, to test the loss's own arithmetic to the last digits."""
 
     def __init__(self, logits: Tensor) -> None:
-        self.logits, self.vocab_size = logits, logits.shape[1]
+        self.logits_NC, self.vocab_size = logits, logits.shape[1]
 
-    def buckets(self, start, stop, temperature):
-        part = self.logits[start:stop]
-        return torch.log_softmax(part / temperature, -1), None, part.argmax(-1)
+    def logits(self, start, stop):
+        return self.logits_NC[start:stop].clamp_min(LOG_FLOOR)
+
+
+def float32(hidden: Tensor, head: OutputHead) -> tuple[Tensor, OutputHead]:
+    bias = None if head.bias_V is None else head.bias_V.detach().float().requires_grad_()
+    weight = head.weight_VD.detach().float().requires_grad_()
+    return hidden.detach().float().requires_grad_(), OutputHead(weight, bias, head.scale, head.soft_cap)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"scale": 2, "soft_cap": 5}])
+@pytest.mark.parametrize(("temperature", "alpha"), itertools.product(TEMPERATURES, (0.0, 0.3)))
+def test_loss_fused_equals_step_by_step(options, temperature, alpha):
+    hidden, head, targets, teacher_logits = make(**options)
+    hidden, head = float32(hidden, head)
+    objective = Objective(alpha, temperature)
+    for kind, target, _, _ in kinds(teacher_logits):
+        found, expected = (
+            distillation_loss(hidden, head, targets, target, objective, fused) for fused in (forward_kl, None)
+        )
+        assert_same(found.total, expected.total, hidden, head, 1e-5)
+        assert found.agreements == expected.agreements, kind
+        assert found.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-6)
+        assert found.divergence == pytest.approx(expected.divergence, rel=1e-5)
+
+
+def test_loss_fused_in_bfloat16_is_near_float32():
+    hidden, head, targets, teacher_logits = make()
+    hidden, head = float32(hidden, head)
+    exact = distillation_loss(hidden, head, targets, Exact(teacher_logits), Objective(0.2))
+    found = distillation_loss(hidden.bfloat16(), head, targets, Exact(teacher_logits), Objective(0.2), forward_kl)
+    assert found.total.item() == pytest.approx(exact.total.item(), rel=1e-2)
+    for mine, theirs in zip(gradients(found.total, hidden, head), gradients(exact.total, hidden, head), strict=True):
+        assert (mine - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_loss_fused_is_left_out_where_it_is_not_the_same():
+    def never(*arguments):
+        raise AssertionError("must not be called")
+
+    hidden, head, targets, teacher_logits = make()
+    distillation_loss(hidden, head, targets, Exact(teacher_logits), Objective(0.2), never)  # float64
+    hidden, head = float32(hidden, head)
+    fewer = Exact(teacher_logits[:, : V - 6])
+    for target, objective in (
+        (fewer, Objective(0.2)),
+        (Exact(teacher_logits), Objective(0.2, 1.0, "jsd")),
+        (TopkTarget(topk_signal(teacher_logits, K), CPU), Objective(0.2)),
+        (None, Objective(1.0)),
+    ):
+        distillation_loss(hidden, head, targets, target, objective, never)
+
+
+def test_loss_compiled_equals_step_by_step_for_any_number_of_rows():
+    compiled = compiled_forward_kl(1e12)
+    if compiled is None:
+        pytest.skip("no C++ compiler here")
+    assert compiled_forward_kl(1e6) is None  # not worth it
+    hidden, head, targets, teacher_logits = make()
+    hidden, head = float32(hidden, head)
+    for objective in (Objective(0.3), Objective(0.3, 2.0), Objective(0.3, 3.0)):
+        for rows in (N, 20, 1):
+            some = (hidden[:rows], head, targets[:rows], Exact(teacher_logits[:rows]), objective)
+            found, expected = (distillation_loss(*some, fused) for fused in (compiled, None))
+            assert_same(found.total, expected.total, hidden, head, 1e-5)
+
+
+def test_loss_without_a_compiler_says_so_and_is_formed_step_by_step(monkeypatch, caplog):
+    def fails(*arguments):
+        raise RuntimeError("no working C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fails)
+    assert compiled_forward_kl(1e12) is None
+    assert "not compiled, which makes it slower, not different: no working C++ compiler found" in caplog.text
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -197,7 +268,7 @@ def test_loss_of_a_student_equal_to_its_teacher_is_zero_with_zero_gradient(diver
 def test_loss_topk_of_the_whole_vocabulary_equals_dense(divergence, temperature):
     hidden, head, targets, teacher_logits = make()
     objective = Objective(0.1, temperature, divergence)
-    everything = TopkTarget(topk_signal(teacher_logits, V), V, CPU)
+    everything = TopkTarget(topk_signal(teacher_logits, V), CPU)
     dense = DenseTarget(DenseSignal(torch.log_softmax(teacher_logits, -1).half().numpy()), CPU)
     ours = distillation_loss(hidden, head, targets, everything, objective).total
     reference = distillation_loss(hidden, head, targets, dense, objective).total
@@ -208,7 +279,7 @@ def test_loss_topk_of_the_whole_vocabulary_equals_dense(divergence, temperature)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_loss_topk_never_negative_and_moves_mass_outside_the_kept(k, divergence):
     hidden, head, targets, teacher_logits = make(seed=9)
-    target = TopkTarget(topk_signal(teacher_logits, k), V, CPU)
+    target = TopkTarget(topk_signal(teacher_logits, k), CPU)
     parts = distillation_loss(hidden, head, targets, target, Objective(0.0, 1.0, divergence))
     assert parts.divergence > 0.1  # with K=1 a renormalised top-k would be identically zero
     bucketed = parts.total.item()
@@ -217,13 +288,26 @@ def test_loss_topk_never_negative_and_moves_mass_outside_the_kept(k, divergence)
     assert gradients(parts.total, hidden, head)[1].abs().sum(-1).min() > 0  # every column of the head is told something
 
 
-def test_loss_columns_that_only_the_student_has_get_no_probability_from_the_teacher():
-    hidden, head, targets, teacher_logits = make(columns=V - 6)
+@pytest.mark.parametrize(("divergence", "temperature"), itertools.product(DIVERGENCES, (1.0, 2.0)))
+def test_loss_columns_that_only_the_student_has_are_driven_out(divergence, temperature):
+    hidden, head, targets, teacher_logits = make(columns=V - 6, bias=True)
     targets = targets % (V - 6)
-    objective = Objective(0.2, 2.0, "jsd")
+    objective = Objective(0.2, temperature, divergence)
     ours = distillation_loss(hidden, head, targets, Exact(teacher_logits), objective).total
     reference = reference_loss(
         hidden, head, targets, objective, lambda t: torch.softmax(teacher_logits / t, -1), columns=V - 6
+    )
+    assert_same(ours, reference, hidden, head)
+    alone = distillation_loss(hidden, head, targets, Exact(teacher_logits), Objective(0.0, temperature, divergence))
+    assert gradients(alone.total, hidden, head)[2][V - 6 :].min() > 0  # every one is pushed down, without cross-entropy
+
+
+def test_loss_forward_kl_with_further_columns_is_that_over_all_columns():
+    hidden, head, targets, teacher_logits = make(columns=V - 6)
+    ours = distillation_loss(hidden, head, targets, Exact(teacher_logits), Objective(0.0)).total
+    everywhere = torch.nn.functional.pad(teacher_logits, (0, 6), value=float("-inf"))
+    reference = torch.nn.functional.kl_div(
+        torch.log_softmax(hidden @ head.weight_VD.T, -1), torch.softmax(everywhere, -1), reduction="sum"
     )
     assert_same(ours, reference, hidden, head)
 
@@ -254,7 +338,7 @@ def test_loss_alpha_below_one_without_a_teacher_is_refused():
 
 def test_loss_topk_at_a_temperature_not_asked_for_is_refused():
     hidden, head, targets, teacher_logits = make()
-    target = TopkTarget(topk_signal(teacher_logits, K, (1.0,)), V, CPU)
+    target = TopkTarget(topk_signal(teacher_logits, K, (1.0,)), CPU)
     with pytest.raises(ValueError, match="T=2"):
         distillation_loss(hidden, head, targets, target, Objective(0.5, 2.0))
 

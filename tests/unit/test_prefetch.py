@@ -15,14 +15,8 @@ from jobs.training.data import MicroBatch
 from jobs.training.prefetch import Prefetch
 from services.teacher.client import ClientCounters, TeacherAnswers
 from services.teacher.model import TeacherModel
-from services.teacher.schema import (
-    HeadRecord,
-    HiddenSignal,
-    ScoreReply,
-    ScoreRequest,
-    SignalSpec,
-    TeacherDescription,
-)
+from services.teacher.schema import ScoreReply, ScoreRequest, TeacherDescription
+from services.teacher.signals import HeadRecord, HiddenSignal, SignalSpec
 from tests import tiny
 from tests.in_process_teacher import InProcessTeacher, reference_logits
 
@@ -91,7 +85,7 @@ class LateTeacher:
 
 
 def prefetch(teacher: TeacherAnswers, window_bytes: int) -> Prefetch:
-    return Prefetch(teacher, SPEC, D, window_bytes, "worker0")
+    return Prefetch(teacher, SPEC, SPEC.bytes_per_position(D), window_bytes, "worker0")
 
 
 def numbers(pairs: Iterator[tuple[MicroBatch, object]]) -> list[tuple[int, int]]:
@@ -171,7 +165,7 @@ def test_pairs_of_an_in_process_teacher_are_its_signals(tmp_path: Path):
     tiny.save_model(tmp_path)
     teacher = InProcessTeacher(TeacherModel(str(tmp_path), "float32"))
     spec = SignalSpec("dense", 320)
-    asking = Prefetch(teacher, spec, 32, 40 * spec.bytes_per_position(32), "w")
+    asking = Prefetch(teacher, spec, spec.bytes_per_position(32), 40 * spec.bytes_per_position(32), "w")
     rng = np.random.default_rng(0)
     batches = [
         MicroBatch(
@@ -199,7 +193,7 @@ def test_pairs_of_an_in_process_teacher_are_its_signals(tmp_path: Path):
 def test_failure_of_an_in_process_teacher_is_its_own_error(tmp_path: Path):
     tiny.save_model(tmp_path)
     teacher = InProcessTeacher(TeacherModel(str(tmp_path), "float32"))
-    asking = Prefetch(teacher, SignalSpec("hidden", 320), 32, 10**6, "w")
+    asking = Prefetch(teacher, SignalSpec("hidden", 320), 64, 10**6, "w")
     bad = batch(400, 3)  # not in the vocabulary
     with pytest.raises(TeacherFailed, match=r"request w-9-1 was refused: token ids outside 0\.\.319"):
         list(asking.pairs(iter([batch(1, 3), MicroBatch(**{**vars(bad), "step": 9})])))

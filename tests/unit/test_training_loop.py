@@ -12,6 +12,7 @@ from jobs.config import DataConfig, DistillConfig, StudentConfig, TrainConfig
 from jobs.corpus import find_sources
 from jobs.prepare import prepare
 from jobs.training.checkpoint import Checkpoints
+from jobs.training.choice import choose_signal
 from jobs.training.data import ExampleStore, GlobalBatches, rows_checksum
 from jobs.training.loop import learning_rate, train
 from jobs.training.plan import TeacherAccess, TrainPlan
@@ -44,7 +45,15 @@ def plan(prepared, name, distil=True, distill=None, student=None, **train_change
     root, teacher_directory = prepared
     defaults = {"steps": STEPS, "global_batch": 12, "micro_batch": 12, "learning_rate": 1e-2, "warmup_steps": 2}
     training = {**defaults, "precision": "float32", "validate_every": 3, "checkpoint_every": 2, **train_changes}
-    access = TeacherAccess(app_name="x", fingerprint="", attempt_timeout_s=1, deadline_s=1, window_bytes=100_000)
+    distill = DistillConfig(**{"alpha": 0.3, "temperature": 2.0, **(distill or {})})
+    access = TeacherAccess(
+        app_name="x",
+        fingerprint="",
+        signal=choose_signal(distill, TeacherModel(teacher_directory, "float32").describe())[0],
+        attempt_timeout_s=1,
+        deadline_s=1,
+        window_bytes=100_000,
+    )
     return TrainPlan(
         storage=str(root),
         prefix=f"student/{name}",
@@ -55,7 +64,7 @@ def plan(prepared, name, distil=True, distill=None, student=None, **train_change
         ),
         teacher_model=teacher_directory,
         teacher=access if distil else None,
-        distill=DistillConfig(**{"alpha": 0.3, "temperature": 2.0, **(distill or {})}),
+        distill=distill,
         train=TrainConfig(**training),
         threads=1,
     )
@@ -68,7 +77,7 @@ def run(this, teacher=None, workers=ALONE):
     return outcome, metrics
 
 
-@pytest.mark.parametrize("signal", ["hidden", "topk", "dense"])
+@pytest.mark.parametrize("signal", ["hidden", "topk", "sampled", "dense"])
 def test_loop_micro_batch_does_not_change_the_loss_curve(prepared, teacher, signal):
     distill = {"signal": signal, "top_k": 16}
     curves = [

@@ -212,8 +212,8 @@ def test_loop_update_that_is_not_finite_is_never_kept(prepared, where, monkeypat
     outcome, _ = run(this)
     assert outcome["status"] == "non_finite"
     if where == "gradient":
-        assert "step 2 gave loss" in outcome["message"]
-        assert "gradient inf" in outcome["message"]
+        assert "step 2 gave a loss of" in outcome["message"]
+        assert "gradient of inf" in outcome["message"]
         store = ExampleStore(open_storage(this.storage), "store/x", "train")
         assert all(str(row) in outcome["message"] for row in GlobalBatches(store, 12, 0).row_ids(2))
     from jobs.training.checkpoint import Checkpoints
