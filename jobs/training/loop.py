@@ -58,7 +58,6 @@ def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, rep
     objective = Objective(
         plan.distill.alpha if teacher else 1.0, plan.distill.temperature, plan.distill.divergence, plan.distill.jsd_beta
     )
-
     clock = StepClock()
     positions = config.steps * config.global_batch / workers.count * store.manifest["sequence_length"]
     fused = compiled_forward_kl(positions * student_head.vocab_size) if teacher and config.compile else None

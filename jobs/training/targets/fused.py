@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ def compiled_forward_kl(num_logits: float) -> Fused | None:
     """`forward_kl`, compiled, if that many logits are worth it and this machine can compile; else None."""
     if num_logits < _WORTH:
         return None
+    torch._inductor.config.compile_threads = 1  # here, not in a pool of processes that would outlive its use
     fused = torch.compile(forward_kl)
 
     def with_any_number_of_rows(student_nV: Tensor, teacher_nV: Tensor, targets_n1: Tensor, *rest: Any) -> Any:
