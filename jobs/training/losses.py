@@ -112,7 +112,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 )
             torch.mm(raw_nV, weight, out=grad_hidden[start : start + chunk])
             part_VD = raw_nV.T @ hidden_nD
-            grad_weight.copy_(part_VD) if start == 0 else grad_weight.add_(part_VD)
+            if start == 0:
+                grad_weight.copy_(part_VD)
+            else:
+                grad_weight += part_VD
             if grad_bias is not None:
                 grad_bias += raw_nV.sum(0, dtype=grad_bias.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)

@@ -96,7 +96,7 @@ def take_turns(sides: list[Side], repeats: int) -> None:
 def arguments(description: str) -> argparse.Namespace:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and turns: under 4 minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and turns")
     parser.add_argument("--repeats", type=int, default=None, help="turns of each side; the median counts")
     return parser.parse_args()
 
