@@ -4,14 +4,13 @@ The split is what makes exact distillation cheap: the teacher sends the output o
 chunk by chunk, and [N, V] never exists. It works for every Hugging Face family whose logits are
 `soft_cap(scale * (hidden @ weight.T + bias))`; `split` proves that on the loaded model or refuses it.
 
-Axes: B rows of a grid, T positions in a row, S tokens in flat order, N scored positions, D hidden width, V vocabulary.
+Axes: B rows of a grid, T positions in a row, N scored positions, D hidden width, V vocabulary.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -163,46 +162,6 @@ def hidden_states(body: nn.Module, token_ids_BT: Tensor, position_ids_BT: Tensor
     block-diagonal mask from them when no mask is given).
     """
     return body(input_ids=token_ids_BT, position_ids=position_ids_BT, use_cache=False).last_hidden_state
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Sequences packed into rows of equal width for a model without variable-length kernels."""
-
-    token_ids_BT: np.ndarray
-    position_ids_BT: np.ndarray
-    index_S: np.ndarray
-    """Where each token of the flat order lies in the flattened grid."""
-
-
-def pack(token_ids_S: np.ndarray, sequence_lengths: np.ndarray, width: int | None = None) -> Grid:
-    """Packs sequences, in order, into as few rows as next-fit gives.
-
-    Args:
-        token_ids_S: all sequences one behind the other.
-        sequence_lengths: their lengths, which add up to S.
-        width: tokens in a row; default the longest sequence, rounded up to 64 to keep the number of shapes small.
-
-    Filling tokens have id 0 and positions of their own, so that no sequence sees them.
-    """
-    sequence_lengths = sequence_lengths.astype(np.int64)
-    longest = int(sequence_lengths.max())
-    width = max(longest, width or -(-longest // 64) * 64)
-    starts, row, column = [], 0, 0
-    for length in sequence_lengths.tolist():
-        if column + length > width:
-            row, column = row + 1, 0
-        starts.append(row * width + column)
-        column += length
-    offsets = np.repeat(np.asarray(starts) - np.cumsum(sequence_lengths) + sequence_lengths, sequence_lengths)
-    index_S = offsets + np.arange(len(token_ids_S))
-    token_ids = np.zeros((row + 1) * width, np.int64)
-    position_ids = np.zeros((row + 1) * width, np.int64)
-    token_ids[index_S] = token_ids_S
-    position_ids[index_S] = np.arange(len(token_ids_S)) - np.repeat(
-        np.cumsum(sequence_lengths) - sequence_lengths, sequence_lengths
-    )
-    return Grid(token_ids.reshape(row + 1, width), position_ids.reshape(row + 1, width), index_S)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cluster.language_model import OutputHead, hidden_states, pack
+from cluster.grid import pack
+from cluster.language_model import OutputHead, hidden_states
 from jobs.training.data import MicroBatch
 
 _CHUNK_ELEMENTS = 1 << 22

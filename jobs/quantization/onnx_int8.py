@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cluster.language_model import load_causal_lm, pack
+from cluster.grid import pack
+from cluster.language_model import load_causal_lm
 from jobs.scoring import TextScore
 from jobs.training.data import MicroBatch
 

@@ -100,7 +100,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_bias = None if bias_V is None else torch.zeros_like(bias_V)
         sums = torch.zeros(3, dtype=torch.float64, device=hidden_ND.device)
         gradient_of = _stepwise if fused is None else partial(_fused, fused)
-        chunk, block = (max(16, elements // vocab_size) for elements in (_CHUNK_ELEMENTS, _BLOCK_ELEMENTS))
+        chunk, block = (_rows(elements, vocab_size) for elements in (_CHUNK_ELEMENTS, _BLOCK_ELEMENTS))
         for start in range(0, num_positions, chunk):
             hidden_nD = hidden_ND[start : start + chunk]
             raw_nV = torch.nn.functional.linear(hidden_nD, weight, bias)
@@ -133,6 +133,11 @@ class _ChunkedLoss(torch.autograd.Function):
             None if grad_bias is None else grad_bias * scale.to(grad_bias.dtype),
             *(None,) * 5,
         )
+
+
+def _rows(elements: int, vocab_size: int) -> int:
+    """Positions in a chunk or block: a power of two, since products of 262 rows take a tenth longer than of 256."""
+    return max(16, 1 << (elements // vocab_size).bit_length() - 1)
 
 
 def _fused(

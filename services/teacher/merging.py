@@ -1,8 +1,11 @@
 """Joining requests that wait into batches, on one event loop.
 
 While a batch runs, later requests queue; the next batch takes as many of them as fit, in order. Nothing waits for
-company. (`serve.batch` forms its batches before the previous one has ended, so with no waiting time it never joins
-requests that arrive one by one, and with a waiting time it delays those that are alone.)
+company. A batch that is full already is begun while the one before it runs, so that it is prepared when the model is
+free, and answers are packed while the model works on.
+
+(`serve.batch` forms its batches before the previous one has ended, so with no waiting time it never joins requests that
+arrive one by one, and with a waiting time it delays those that are alone.)
 """
 
 import asyncio
@@ -12,6 +15,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from services.teacher.schema import ScoreReply, ScoreRequest
+
+_Asked = tuple[ScoreRequest, asyncio.Future[ScoreReply]]
+
+_AT_ONCE = 2
+"""One batch on the model; the other before it or behind it."""
 
 
 class Observer(Protocol):
@@ -28,7 +36,8 @@ class Merger:
     """Runs a function of many requests for callers that have one each.
 
     Args:
-        run: the function; it is called in a thread, one call at a time, and replies in the order of the requests.
+        run: the function; it is called in a thread, at most `_AT_ONCE` calls at a time, and replies in the order of
+            the requests. What must not run twice at once it guards itself.
         max_tokens: in a batch; a larger request runs alone.
         observer: is told what happens, for metrics.
     """
@@ -40,19 +49,19 @@ class Merger:
         observer: Observer | None = None,
     ) -> None:
         self._run, self._max_tokens, self._observer = run, max_tokens, observer
-        self._waiting: deque[tuple[ScoreRequest, asyncio.Future[ScoreReply]]] = deque()
+        self._waiting: deque[_Asked] = deque()
         self._arrived: dict[int, float] = {}
         self._tokens_in_flight = 0
-        self._worker: asyncio.Task[None] | None = None
+        self._running: set[asyncio.Task[None]] = set()
 
     async def reply(self, request: ScoreRequest) -> ScoreReply:
         """The reply to one request, or the exception that this request raises when it runs alone."""
-        future: asyncio.Future[ScoreReply] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[ScoreReply] = loop.create_future()
         self._waiting.append((request, future))
         self._arrived[id(future)] = time.monotonic()
         self._count(request.num_tokens)
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
+        loop.call_soon(self._begin)  # after the others that have just arrived
         try:
             return await future
         finally:
@@ -64,16 +73,35 @@ class Merger:
         if self._observer is not None:
             self._observer.in_flight(self._tokens_in_flight)
 
-    async def _work(self) -> None:
-        while batch := self._next_batch():
-            try:
-                await self._answer(batch)
-            except Exception as error:
-                await self._answer_alone(batch, error)
+    def _begin(self) -> None:
+        while not self._running or (len(self._running) < _AT_ONCE and self._is_full()):
+            batch = self._next_batch()
+            if not batch:
+                return
+            task = asyncio.create_task(self._work(batch))
+            self._running.add(task)
+            task.add_done_callback(self._end)
 
-    async def _answer_alone(
-        self, batch: list[tuple[ScoreRequest, asyncio.Future[ScoreReply]]], error: Exception
-    ) -> None:
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._begin()
+
+    def _is_full(self) -> bool:
+        """Whether those who wait make a batch that would take nobody else."""
+        tokens = 0
+        for request, future in self._waiting:
+            tokens += 0 if future.done() else request.num_tokens
+            if tokens >= self._max_tokens:
+                return True
+        return False
+
+    async def _work(self, batch: list[_Asked]) -> None:
+        try:
+            await self._answer(batch)
+        except Exception as error:
+            await self._answer_alone(batch, error)
+
+    async def _answer_alone(self, batch: list[_Asked], error: Exception) -> None:
         """Each alone, so that a request that fails does not fail its neighbours; one that was alone has failed."""
         for item in batch:
             if item[1].done():  # its caller has gone
@@ -87,15 +115,15 @@ class Merger:
                 if not item[1].done():
                     item[1].set_exception(its_own)
 
-    async def _answer(self, batch: list[tuple[ScoreRequest, asyncio.Future[ScoreReply]]]) -> None:
+    async def _answer(self, batch: list[_Asked]) -> None:
         # In a thread, so that health checks and new requests are heard during the forward pass.
         replies = await asyncio.to_thread(self._run, [request for request, _ in batch])
         for (_, future), reply in zip(batch, replies, strict=True):
             if not future.done():
                 future.set_result(reply)
 
-    def _next_batch(self) -> list[tuple[ScoreRequest, asyncio.Future[ScoreReply]]]:
-        batch: list[tuple[ScoreRequest, asyncio.Future[ScoreReply]]] = []
+    def _next_batch(self) -> list[_Asked]:
+        batch: list[_Asked] = []
         tokens = 0
         while self._waiting:
             request, future = self._waiting[0]

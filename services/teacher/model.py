@@ -1,9 +1,10 @@
 """The teacher's forward pass: token ids in, signals out. Knows torch, not Ray.
 
-Prefill only: no cache, no decoding. Waiting requests are packed into one grid without padding between sequences; the
-head runs in chunks, only on the positions asked for, and not at all for `hidden`.
+Prefill only: no cache, no decoding. Waiting requests are packed into one grid with next to no padding; the head runs in
+chunks, only on the positions asked for, and not at all for `hidden`.
 """
 
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from cluster.errors import TeacherFailed
-from cluster.language_model import choose_dtype, hidden_states, load_causal_lm, pack, split
+from cluster.grid import Grid, pack
+from cluster.language_model import choose_dtype, hidden_states, load_causal_lm, split
 from cluster.pretrained import load_tokenizer, locate, model_fingerprint, tokenizer_fingerprint
 from services.teacher.schema import ScoreReply, ScoreRequest, TeacherDescription
 from services.teacher.scoring import signal_of
@@ -24,11 +26,14 @@ _DEFAULT_CONTEXT = 1 << 20
 
 
 @dataclass(frozen=True)
-class _Work:
-    """Scored hidden states of several requests, and where each request's rows lie."""
+class _Prepared:
+    """Several requests as one grid."""
 
-    hidden_ND: Tensor
-    starts: list[int]
+    grid: Grid
+    index_N: np.ndarray
+    """Where the scored positions of all requests lie in the flattened grid."""
+    rows: list[int]
+    """How many of them each request has."""
 
 
 class TeacherModel:
@@ -49,6 +54,7 @@ class TeacherModel:
         directory = locate(model)
         loaded = load_causal_lm(directory, self.dtype).to(self.device)
         self._body, self._head = split(loaded)
+        self._turn = threading.Lock()
         context = getattr(loaded.config, "max_position_embeddings", None)
         self._description = TeacherDescription(
             fingerprint=f"{model_fingerprint(Path(directory))}-{str(self.dtype).removeprefix('torch.')}",
@@ -77,26 +83,29 @@ class TeacherModel:
 
     @torch.inference_mode()
     def score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
-        """Answers several requests with one forward pass; none sees another.
+        """Answers several requests with one forward pass; none sees another. Callers in several threads take turns
+        with the model, and prepare and pack while another has it.
 
         Raises:
             TeacherFailed: a request that can never be answered; nothing is computed then.
         """
         for request in requests:
             self.check(request)
-        started = time.perf_counter()
-        work = self._forward(requests)
-        signals = [
-            signal_of(work.hidden_ND[start : start + len(request.positions)], self._head, request)
-            for request, start in zip(requests, work.starts, strict=True)
-        ]
-        seconds_per_token = (time.perf_counter() - started) / sum(request.num_tokens for request in requests)
+        prepared = _prepare(requests)
+        with self._turn:
+            started = time.perf_counter()
+            rows_ND = self._forward(prepared)
+            signals = [
+                signal_of(hidden_ND, self._head, request)
+                for request, hidden_ND in zip(requests, rows_ND.split(prepared.rows), strict=True)
+            ]
+            seconds_per_token = (time.perf_counter() - started) / sum(request.num_tokens for request in requests)
         return [
             ScoreReply(
                 request.request_id,
                 self._description.fingerprint,
                 request.num_tokens,
-                signal,
+                signal(),
                 seconds_per_token * request.num_tokens,
             )
             for request, signal in zip(requests, signals, strict=True)
@@ -142,21 +151,20 @@ class TeacherModel:
             return f"draws={spec.draws}, proposal={spec.proposal}, seed={request.seed}: all positive"
         return None
 
-    def _forward(self, requests: list[ScoreRequest]) -> _Work:
-        grid = pack(
-            np.concatenate([request.token_ids for request in requests]),
-            np.concatenate([request.sequence_lengths for request in requests]),
-        )
+    def _forward(self, prepared: _Prepared) -> Tensor:
         hidden_BTD = hidden_states(
             self._body,
-            torch.from_numpy(grid.token_ids_BT).to(self.device),
-            torch.from_numpy(grid.position_ids_BT).to(self.device),
+            torch.from_numpy(prepared.grid.token_ids_BT).to(self.device),
+            torch.from_numpy(prepared.grid.position_ids_BT).to(self.device),
         )
-        flat, starts, first_token, first_row = [], [], 0, 0
-        for request in requests:
-            flat.append(grid.index_S[first_token + request.positions])
-            starts.append(first_row)
-            first_token += request.num_tokens
-            first_row += len(request.positions)
-        rows = torch.from_numpy(np.concatenate(flat)).to(self.device)
-        return _Work(hidden_BTD.flatten(0, 1)[rows], starts)
+        return hidden_BTD.flatten(0, 1)[torch.from_numpy(prepared.index_N).to(self.device)]
+
+
+def _prepare(requests: list[ScoreRequest]) -> _Prepared:
+    grid = pack(
+        np.concatenate([request.token_ids for request in requests]),
+        np.concatenate([request.sequence_lengths for request in requests]),
+    )
+    firsts = np.cumsum([0, *(request.num_tokens for request in requests)])
+    positions = [first + request.positions for first, request in zip(firsts, requests, strict=False)]
+    return _Prepared(grid, grid.index_S[np.concatenate(positions)], [len(request.positions) for request in requests])

@@ -6,6 +6,7 @@ is the answer (`dense`), and nothing at all where the hidden states are (`hidden
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,29 +19,32 @@ from services.teacher.signals import DenseSignal, HiddenSignal, SampledSignal, S
 _CHUNK_ELEMENTS = 1 << 22
 
 
-def signal_of(hidden_ND: Tensor, head: OutputHead, request: ScoreRequest) -> Signal:
-    """The signal that a request asks for, from the final hidden states at its positions."""
+def signal_of(hidden_ND: Tensor, head: OutputHead, request: ScoreRequest) -> Callable[[], Signal]:
+    """The signal that a request asks for, from the final hidden states at its positions.
+
+    What is returned packs it, on the processor and without the model: somebody else may use the model meanwhile.
+    """
     return _SCORERS[request.spec.kind](hidden_ND, head, request)
 
 
-def _hidden(hidden_ND: Tensor, head: OutputHead, request: ScoreRequest) -> HiddenSignal:
-    return HiddenSignal(hidden_ND.to(torch.bfloat16).cpu().view(torch.uint16).numpy())
+def _hidden(hidden_ND: Tensor, head: OutputHead, request: ScoreRequest) -> Callable[[], HiddenSignal]:
+    return partial(HiddenSignal, hidden_ND.to(torch.bfloat16).cpu().view(torch.uint16).numpy())
 
 
-def _dense(hidden_ND: Tensor, head: OutputHead, request: ScoreRequest) -> DenseSignal:
+def _dense(hidden_ND: Tensor, head: OutputHead, request: ScoreRequest) -> Callable[[], DenseSignal]:
     chunks = hidden_ND.split(_chunk(request.spec))
     logprobs = [torch.log_softmax(_logits(chunk, head, request.spec), -1).half() for chunk in chunks]
-    return DenseSignal(torch.cat(logprobs).cpu().numpy())
+    return partial(DenseSignal, torch.cat(logprobs).cpu().numpy())
 
 
-def _topk(hidden_ND: Tensor, head: OutputHead, request: ScoreRequest) -> TopkSignal:
+def _topk(hidden_ND: Tensor, head: OutputHead, request: ScoreRequest) -> Callable[[], TopkSignal]:
     spec = request.spec
     parts = [topk_of(_logits(chunk, head, spec), spec) for chunk in hidden_ND.split(_chunk(spec))]
     ids, logprobs, tails = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    return TopkSignal.of(ids, logprobs, tails, spec)
+    return partial(TopkSignal.of, ids, logprobs, tails, spec)
 
 
-def _sampled(hidden_ND: Tensor, head: OutputHead, request: ScoreRequest) -> SampledSignal:
+def _sampled(hidden_ND: Tensor, head: OutputHead, request: ScoreRequest) -> Callable[[], SampledSignal]:
     spec, chunk = request.spec, _chunk(request.spec)
     uniforms_N = torch.from_numpy(uniforms(request)).to(hidden_ND.device)
     parts = [
@@ -48,10 +52,10 @@ def _sampled(hidden_ND: Tensor, head: OutputHead, request: ScoreRequest) -> Samp
         for hidden_nD, uniforms_n in zip(hidden_ND.split(chunk), uniforms_N.split(chunk), strict=True)
     ]
     ids, weights, entropy, best = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    return SampledSignal.of(ids, weights, entropy, best, spec)
+    return partial(SampledSignal.of, ids, weights, entropy, best, spec)
 
 
-_SCORERS: dict[str, Callable[[Tensor, OutputHead, ScoreRequest], Signal]] = {
+_SCORERS: dict[str, Callable[[Tensor, OutputHead, ScoreRequest], Callable[[], Signal]]] = {
     "hidden": _hidden,
     "topk": _topk,
     "sampled": _sampled,

@@ -46,9 +46,9 @@ def side(name: str, options: dict[str, Any]) -> Callable[[], dict[str, float]]:
         if name == "one process":
             end_to_end.train_with(DirectTeacher(str(directory / "teacher")), directory, step)
         else:
-            end_to_end._ours(name, directory, step)
+            end_to_end.with_service(name, directory, step)
 
-    training = PacedTraining(start, options["uncounted"], options["counted"])
+    training = PacedTraining(start, end_to_end.ANSWERS_AHEAD, options["counted"])
     return lambda: {"seconds": training.turn()}
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     for vocab_size in (8_192,) if options.quick else (512, 8_192, 32_000):
         with tempfile.TemporaryDirectory(prefix="raystill-bench-") as directory:
             end_to_end.make_inputs(Path(directory), vocab_size)
-            values = {"directory": directory, "uncounted": 4, "counted": 4 if options.quick else 8}
+            values = {"directory": directory, "counted": 4 if options.quick else 8}
             sides = [
                 Side("tests.benchmarks.service_tax", name, values, OUR_SETTINGS) for name in ("one process", "service")
             ]

@@ -54,6 +54,9 @@ class Side:
             text=True,
             env=environment,
         )
+
+    def wait_until_ready(self) -> None:
+        """Returns when the side has prepared what it measures; sides prepare at the same time."""
         self._answer()
 
     def measure(self) -> None:
@@ -85,7 +88,10 @@ class Side:
 
 
 def take_turns(sides: list[Side], repeats: int) -> None:
-    """One turn that does not count, then `repeats` of each, in an order that is turned round every time."""
+    """When all are ready: one turn that does not count, then `repeats` of each, in an order that is turned round every
+    time."""
+    for side in sides:
+        side.wait_until_ready()
     for number in range(repeats + 1):
         for side in sides if number % 2 else reversed(sides):
             side.measure()

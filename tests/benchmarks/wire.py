@@ -56,7 +56,7 @@ def main() -> None:
 
     def loss(spec: SignalSpec) -> tuple[float, torch.Tensor, int]:
         request = ScoreRequest("r", *_tokens(positions), spec)
-        signal = signal_of(hidden, head, request)
+        signal = signal_of(hidden, head, request)()
         target = teacher_target(signal, MEASURED_V, head, torch.device("cpu"))
         parts = distillation_loss(student_hidden, student_head, targets, target, Objective(0.0))
         [gradient] = torch.autograd.grad(parts.total, student_hidden)
@@ -103,7 +103,7 @@ def _entry_errors(hidden: torch.Tensor, head: OutputHead, positions: int) -> dic
     for name, spec in kinds(MEASURED_V).items():
         if spec.kind != "topk":
             continue
-        signal = signal_of(hidden, head, ScoreRequest("r", *_tokens(positions), spec))
+        signal = signal_of(hidden, head, ScoreRequest("r", *_tokens(positions), spec))()
         ids, logprobs = (torch.from_numpy(array) for array in signal.entries())
         exact = torch.log_softmax(head.logits(hidden).double(), -1).gather(-1, ids.long())
         p, q = torch.softmax(exact, -1), torch.log_softmax(logprobs.double(), -1)

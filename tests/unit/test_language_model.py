@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from cluster.errors import ModelError
-from cluster.language_model import OutputHead, choose_dtype, hidden_states, load_causal_lm, pack, split
+from cluster.grid import pack
+from cluster.language_model import OutputHead, choose_dtype, hidden_states, load_causal_lm, split
 from tests import tiny
 
 
@@ -146,44 +145,6 @@ def test_output_head_is_the_documented_formula_in_float64():
     found = OutputHead(weight, bias, 0.7, 3.0).logits(hidden).double()
     expected = 3.0 * torch.tanh(0.7 * (hidden.double() @ weight.double().T + bias.double()) / 3.0)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
-    width=st.one_of(st.none(), st.integers(1, 130)),
-    dtype=st.sampled_from([np.int32, np.int64, np.uint16]),
-)
-def test_pack_places_every_token_once_with_positions_that_restart(lengths, width, dtype):
-    total = sum(lengths)
-    tokens = np.arange(1, total + 1, dtype=np.int32)
-    grid = pack(tokens, np.array(lengths, dtype), width)
-    rows, columns = grid.token_ids_BT.shape
-    assert columns == max(max(lengths), width or -(-max(lengths) // 64) * 64)
-    assert grid.position_ids_BT.shape == (rows, columns)
-    # Every token once, in its place; all else is filling with id 0.
-    assert len(set(grid.index_S.tolist())) == total
-    assert np.array_equal(grid.token_ids_BT.ravel()[grid.index_S], tokens)
-    filling = np.setdiff1d(np.arange(rows * columns), grid.index_S)
-    assert (grid.token_ids_BT.ravel()[filling] == 0).all()
-    # A sequence stays in one row, one token behind the other, and its positions count from 0.
-    for piece in np.split(grid.index_S, np.cumsum(lengths)[:-1]):
-        assert piece[0] // columns == piece[-1] // columns
-        assert (np.diff(piece) == 1).all()
-        assert np.array_equal(grid.position_ids_BT.ravel()[piece], np.arange(len(piece)))
-    # Borders as transformers finds them: each sequence and each filling token is a group of its own.
-    positions = grid.position_ids_BT
-    groups = (np.diff(positions, prepend=positions[:, :1] - 1) != 1).cumsum(-1) + np.arange(rows)[:, None] * columns
-    owners = [set(groups.ravel()[piece].tolist()) for piece in np.split(grid.index_S, np.cumsum(lengths)[:-1])]
-    owners += [{group} for group in groups.ravel()[filling].tolist()]
-    assert all(len(owner) == 1 for owner in owners)
-    assert len(set.union(*owners)) == len(owners)
-    # Next-fit: a row is left only when the next sequence does not fit.
-    used = np.bincount(grid.index_S // columns, minlength=rows)
-    firsts = np.array([piece[0] for piece in np.split(grid.index_S, np.cumsum(lengths)[:-1])])
-    for row in range(1, rows):
-        first = int(np.flatnonzero(firsts // columns == row)[0])
-        assert used[row - 1] + lengths[first] > columns
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -80,6 +80,29 @@ def test_merger_tells_what_it_does():
     assert (max(counts), counts[-1]) == (12, 0)
 
 
+def test_merger_begins_a_second_batch_only_when_it_is_full_and_never_a_third():
+    recorder = Recorder()
+
+    async def ask() -> list[Any]:
+        merger = Merger(recorder, max_tokens=10)
+        asked = []
+
+        async def begin(name: str, tokens: int) -> list[list[str]]:
+            asked.append(asyncio.ensure_future(merger.reply(make_request([tokens], HIDDEN, name=name))))
+            await asyncio.sleep(0.05)
+            return recorder.batches
+
+        assert await begin("first", 3) == [["first"]]
+        assert await begin("waits", 6) == [["first"]]
+        assert await begin("fills", 4) == [["first"], ["waits", "fills"]]
+        assert len(await begin("other", 10)) == 2
+        recorder.gate.set()
+        return await asyncio.gather(*asked)
+
+    assert asyncio.run(ask()) == ["first", "waits", "fills", "other"]
+    assert recorder.batches[2:] == [["other"]]
+
+
 def test_merger_bad_request_fails_alone():
     recorder = Recorder()
     first, good, bad, other = merge([("good", 2), ("bad", 2), ("other", 2)], recorder)

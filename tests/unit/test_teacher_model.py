@@ -4,6 +4,7 @@ Models are float32 here, so that the only roundings are those of the wire (bfloa
 log-probabilities); see `assert_contract` for the tolerances.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,15 @@ def test_score_of_a_sequence_does_not_change_with_its_neighbours(directories, fa
     assert np.array_equal(one.signal.hidden_ND, two.signal.hidden_ND)
     (both,) = loaded.score([replace(other, positions=first.positions)])
     assert not np.array_equal(one.signal.hidden_ND, both.signal.hidden_ND)
+
+
+def test_score_from_several_threads_equals_one(teacher):
+    requests = [make_request([20 + n, 7], spec_of(KINDS[n % 4]), name=str(n)) for n in range(12)]
+    alone = [arrays(teacher.score([request])[0].signal) for request in requests]
+    with ThreadPoolExecutor(4) as pool:
+        together = [arrays(replies[0].signal) for replies in pool.map(lambda item: teacher.score([item]), requests)]
+    for found, expected in zip(together, alone, strict=True):
+        assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_score_without_positions_is_an_empty_signal(teacher):
