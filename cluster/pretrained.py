@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ModelError, TokenizerMismatch
-from cluster.storage import MANIFEST, localize
+from cluster.published import MANIFEST, localize
 
 _WEIGHTS = ("*.safetensors",)
 _SAMPLE_BYTES = 1 << 20

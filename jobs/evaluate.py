@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from cluster.errors import ModelError
-from cluster.storage import localize, open_storage
+from cluster.published import localize
+from cluster.storage import open_storage
 from jobs.config import EvaluateConfig
 
 

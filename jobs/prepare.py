@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from cluster.config import fingerprint
 from cluster.errors import CorpusError, ModelError
 from cluster.pretrained import load_tokenizer, tokenizer_fingerprint
-from cluster.storage import MANIFEST, Storage, publish_directory, read_manifest
+from cluster.published import MANIFEST, publish_directory, read_manifest
+from cluster.storage import Storage
 from jobs.config import DataConfig
 from jobs.corpus import Source, read_texts
 from jobs.progress import Bar

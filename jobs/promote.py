@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.champions import Champion, crown, current_champion, open_database
 from cluster.errors import CorruptArtifact, PromotionRefused
-from cluster.storage import check_directory
+from cluster.published import check_directory
 from cluster.tracking import set_alias
 from jobs.config import PromoteConfig
 

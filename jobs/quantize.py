@@ -12,7 +12,8 @@ import numpy as np
 
 from cluster.errors import QuantizationFailed
 from cluster.pretrained import load_tokenizer, locate
-from cluster.storage import open_storage, publish_directory
+from cluster.published import publish_directory
+from cluster.storage import open_storage
 
 RELOAD_TOLERANCE = 1e-5
 """Largest difference of a logit between the process that made an artefact and a fresh one, relative to the largest."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import fingerprint
-from cluster.storage import Storage, fetch_directory, manifest_sha256, publish_directory, read_manifest, split_uri
+from cluster.published import fetch_directory, manifest_sha256, publish_directory, read_manifest
+from cluster.storage import Storage, split_uri
 from cluster.tracking import register_version
 
 

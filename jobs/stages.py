@@ -16,8 +16,9 @@ from cluster.config import fingerprint
 from cluster.connection import Connection
 from cluster.errors import UserError
 from cluster.pretrained import load_tokenizer, locate, model_fingerprint, tokenizer_fingerprint
+from cluster.published import publish_directory, read_manifest
 from cluster.resources import physical_cores, threads_each
-from cluster.storage import Storage, publish_directory, read_manifest, split_uri
+from cluster.storage import Storage, split_uri
 from cluster.tracking import Tracker, tracking_uri
 from jobs.config import DistillConfig, RunConfig, StudentConfig
 from jobs.corpus import Source, find_sources

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cluster import champions
-from cluster.storage import manifest_sha256, open_storage, publish_directory
+from cluster.published import manifest_sha256, publish_directory
+from cluster.storage import open_storage
 
 NUM_PADDING = 40
 """Rows of the embedding behind the tokenizer's last id."""

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import CorruptArtifact
-from cluster.storage import MANIFEST, Storage, fetch_directory, publish_directory
+from cluster.published import MANIFEST, fetch_directory, publish_directory
+from cluster.storage import Storage
 
 logger = logging.getLogger(__name__)
 

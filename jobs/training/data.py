@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from cluster.errors import CorpusError, CorruptArtifact
-from cluster.storage import Storage, read_manifest
+from cluster.published import read_manifest
+from cluster.storage import Storage
 
 _CACHE_BYTES = 1 << 30
 

@@ -17,7 +17,8 @@ from torch import nn
 from cluster.language_model import OutputHead, choose_dtype, load_causal_lm, split
 from cluster.logs import setup_logging
 from cluster.pretrained import load_tokenizer
-from cluster.storage import open_storage, publish_directory
+from cluster.published import publish_directory
+from cluster.storage import open_storage
 from jobs.config import TrainConfig
 from jobs.scoring import TextScore, score_text, scored_hidden_states
 from jobs.training.checkpoint import Checkpoints, TrainState

@@ -17,7 +17,8 @@ from sqlalchemy import Engine
 
 from cluster.champions import Champion, current_champion, open_database
 from cluster.errors import CorruptArtifact
-from cluster.storage import fetch_directory, manifest_sha256, split_uri
+from cluster.published import fetch_directory, manifest_sha256
+from cluster.storage import split_uri
 from services.endpoint.model import ServedModel
 
 logger = logging.getLogger(__name__)

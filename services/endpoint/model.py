@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ModelError
-from cluster.storage import MANIFEST
+from cluster.published import MANIFEST
 from services.endpoint.decoding import TextStream, TokenLogprob, Vocabulary, choose_token, token_logprobs
 from services.endpoint.errors import invalid
 from services.endpoint.schema import ChatMessage, FinishReason, Sampling

@@ -21,7 +21,7 @@ MODULES = {
     for path in sorted((ROOT / room).rglob("*.py"))
 }
 LIGHT = sorted(
-    {"cluster.config", "cluster.errors", "cluster.resources", "cluster.logs", "cluster.storage"}
+    {"cluster.config", "cluster.errors", "cluster.resources", "cluster.logs", "cluster.storage", "cluster.published"}
     | {"cluster.connection", "cluster.pretrained", "cluster.tracking", "cluster.champions"}
     | {"jobs.config", "jobs.ledger", "jobs.training.plan", "jobs.training.choice", "jobs.training.objective"}
     | {"jobs.__main__"}

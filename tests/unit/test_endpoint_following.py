@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cluster.errors import ModelError
-from cluster.storage import manifest_sha256, open_storage, publish_directory
+from cluster.published import manifest_sha256, publish_directory
+from cluster.storage import open_storage
 from services.endpoint import following
 from services.endpoint.following import ChampionFollower
 from tests.endpoint_models import crown_version

@@ -7,7 +7,8 @@ import pytest
 
 from cluster.champions import current_champion, open_database
 from cluster.errors import PromotionRefused
-from cluster.storage import manifest_sha256, open_storage, publish_directory
+from cluster.published import manifest_sha256, publish_directory
+from cluster.storage import open_storage
 from cluster.tracking import register_version, version_uri
 from jobs.config import PromoteConfig
 from jobs.promote import check_gate, promote

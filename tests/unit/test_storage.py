@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import CorruptArtifact, StorageError
-from cluster.storage import LocalStorage, fetch_directory, localize, open_storage, publish_directory, split_uri
+from cluster.published import fetch_directory, localize, publish_directory
+from cluster.storage import LocalStorage, open_storage, split_uri
 
 
 @pytest.fixture(params=["file", "s3"])

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cluster.language_model import load_causal_lm
-from cluster.storage import fetch_directory, open_storage
+from cluster.published import fetch_directory
+from cluster.storage import open_storage
 from jobs.config import EvaluateConfig, TrainConfig
 from jobs.evaluate import measure
 from jobs.training import data
