@@ -46,6 +46,12 @@ def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
 
 
 @app.command()
+def label(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Store what the teacher says about every training row, so that `train` needs no teacher (distill.labels=read)."""
+    _stages(config, [*(overrides or []), "distill.labels=read"], as_json, ("teacher", "label"))
+
+
+@app.command()
 def train(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Make the teacher ready (train or convert it if asked), then train the student against it."""
     _stages(config, overrides, as_json, ("teacher", "train"))

@@ -176,6 +176,12 @@ class DistillConfig(Config):
     """Tokens drawn for each position of `sampled`."""
     proposal: float = Field(1.0, gt=0, allow_inf_nan=False)
     """`sampled` draws from the teacher's probabilities to this power and weights back: below 1 favours rare tokens."""
+    labels: Literal["off", "read", "write", "read_write"] = execution("off")
+    """Stored answers of the teacher. `read`: label the whole store first, then train without a teacher; `write`: keep
+    what the teacher says; `read_write`: take what is there, ask for the rest and keep it, so that a second epoch asks
+    nothing. `sampled` labels are the same draws in every epoch."""
+    label_store: str | None = execution(None)
+    """Root URI of stored answers; default: labels/ below the run's storage. Runs with one teacher may share it."""
 
     @model_validator(mode="after")
     def _signal_gives_the_divergence(self) -> Self:
@@ -294,6 +300,11 @@ class RunConfig(Config):
     @property
     def model_name(self) -> str:
         return self.registry.model_name or f"{self.name}-student"[:63]
+
+    @property
+    def label_root(self) -> str:
+        """Root URI of label stores."""
+        return self.distill.label_store or f"{self.storage.rstrip('/')}/labels"
 
     @property
     def state_directory(self) -> Path:

@@ -13,7 +13,7 @@ from cluster.errors import CorruptArtifact, StorageError
 from cluster.storage import Storage
 
 SUMMARY = "summary.json"
-STAGES = ("prepare", "teacher", "train", "evaluate", "quantize", "register", "promote", "serve")
+STAGES = ("prepare", "teacher", "label", "train", "evaluate", "quantize", "register", "promote", "serve")
 """All stages in the order in which they run."""
 
 Status = Literal["done", "failed", "skipped", "started", "interrupted"]

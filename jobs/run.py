@@ -39,7 +39,7 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
     ledger = Ledger(storage, config.name)
     check_config(config)
     this = Run(config, storage)
-    stages = list(ALL_STAGES)
+    stages = [stage for stage in ALL_STAGES if stage.decides or stage.applies(this)]
     while stages and _take_if_done(this, ledger, stages[0]):
         stages.pop(0)
     pending = [stage for stage in stages if only is None or stage.name in only]
@@ -88,12 +88,13 @@ def _take_if_done(this: Run, ledger: Ledger, stage: Stage) -> bool:
 def _do(this: Run, ledger: Ledger, stage: Stage, progress: ConsoleProgress) -> None:
     bar = progress.stage(stage.name)
     key, started = this.keys[stage.name], time.monotonic()
-    skipped = stage.name == "teacher" and this.config.teacher is None
+    skipped = not stage.applies(this)
     try:
-        ledger.forget_after(stage.name)
+        if stage.decides:
+            ledger.forget_after(stage.name)
         if ledger.record("prepare") is not None:  # a corpus with a mistake in it leaves nothing behind
             ledger.write(stage.name, StageRecord(key, "started", 0.0, {}))
-        output = stage.work(this, bar)
+        output = {} if skipped else stage.work(this, bar)
     except KeyboardInterrupt:
         bar.fail("interrupted")
         with contextlib.suppress(Exception):

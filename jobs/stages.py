@@ -4,6 +4,7 @@
 stored in the ledger and must be plain JSON.
 """
 
+import contextlib
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,11 +19,14 @@ from cluster.errors import UserError
 from cluster.pretrained import load_tokenizer, locate, model_fingerprint, tokenizer_fingerprint
 from cluster.published import publish_directory, read_manifest
 from cluster.resources import physical_cores, threads_each
-from cluster.storage import Storage, split_uri
+from cluster.storage import Storage, open_storage, split_uri
 from cluster.tracking import Tracker, tracking_uri
 from jobs.config import DistillConfig, RunConfig, StudentConfig
+from jobs.convert import convert_gguf
 from jobs.corpus import Source, find_sources
 from jobs.gather import gather_python_docs
+from jobs.label import label_store
+from jobs.labels.access import access_without_teacher, label_access
 from jobs.ledger import stage_key
 from jobs.prepare import corpus_fingerprint, prepare, train_tokenizer
 from jobs.progress import Bar
@@ -32,7 +36,7 @@ from jobs.register import register
 from jobs.serve import ask_once
 from jobs.tasks import run_task
 from jobs.train import default_threads, run_training, teacher_service
-from jobs.training.plan import TrainPlan
+from jobs.training.plan import TeacherAccess, TrainPlan
 
 Output = dict[str, Any]
 
@@ -82,6 +86,10 @@ class Stage:
     is_there: Callable[[Run, Output], bool] = lambda run, output: True
     """Whether what the stage made still exists. Only looked for, not read: who uses it checks its hashes."""
     needs_cluster: bool = True
+    applies: Callable[[Run], bool] = lambda run: True
+    """Whether there is something to do for this config."""
+    decides: bool = True
+    """Whether later stages must be done again after it; one that only helps is left out where it does not apply."""
 
 
 def _is_whole(uri: str) -> bool:
@@ -184,8 +192,7 @@ def _teacher_key(run: Run) -> str:
 
 def _teacher(run: Run, bar: Bar) -> Output:
     teacher = run.config.teacher
-    if teacher is None:
-        return {}
+    assert teacher is not None
     if teacher.gguf_file is not None:
         prefix = f"teacher/{run.keys['teacher']}/model"
         bar.start(1, "converting to safetensors")
@@ -216,18 +223,34 @@ def _model_is_there(run: Run, output: Output) -> bool:
     return not model.startswith(f"{run.storage.uri}/") or _is_whole(model)
 
 
-def convert_gguf(model: str, gguf_file: str, storage_uri: str, prefix: str) -> None:
-    """Publishes a GGUF file as safetensors (bfloat16) with its tokenizer; a Ray task."""
-    import torch
+# --- label: the teacher's answers ahead of training -------------------------------------------------------------------
 
-    from cluster.language_model import load_causal_lm
-    from cluster.storage import open_storage
 
-    with TemporaryDirectory(prefix="raystill-convert-") as name:
-        loaded = load_causal_lm(model, torch.bfloat16, gguf_file)
-        loaded.save_pretrained(name)
-        load_tokenizer(model, gguf_file).save_pretrained(name)
-        publish_directory(Path(name), open_storage(storage_uri), prefix)
+def _labels_ahead(run: Run) -> bool:
+    return run.config.distils and run.config.distill.labels == "read"
+
+
+def _label_key(run: Run) -> str:
+    config = run.config
+    assert config.teacher is not None
+    identity = (config.distill.identity(), config.teacher.dtype, config.label_root)
+    return stage_key(*identity, run.outputs["prepare"]["fingerprint"], run.keys["teacher"])
+
+
+def _label(run: Run, bar: Bar) -> Output:
+    config, store = run.config, run.outputs["prepare"]
+    assert config.teacher is not None
+    assert run.teacher_model is not None
+    bar.start(None, "starting the teachers")
+    with teacher_service(config.teacher, run.teacher_model, run.tokenizer, store, config) as (access, reason):
+        bar.say(reason)
+        arguments = (config.label_root, run.storage, run.store_prefix, config.train.micro_batch)
+        return label_store(access, *arguments, 2 * config.teacher.replicas, bar)
+
+
+def _labels_are_there(run: Run, output: Output) -> bool:
+    stored = open_storage(output["root"]).list(f"{output['prefix']}/")
+    return sum(item.size_bytes for item in stored) >= output["size_bytes"]
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -251,7 +274,7 @@ def _train_key(run: Run) -> str:
 def _train(run: Run, bar: Bar) -> Output:
     config = run.config
 
-    def plan(access: Any) -> TrainPlan:
+    def plan(access: TeacherAccess | None) -> TrainPlan:
         return TrainPlan(
             storage=run.storage.uri,
             prefix=f"student/{run.keys['train']}",
@@ -260,6 +283,7 @@ def _train(run: Run, bar: Bar) -> Output:
             student=config.student,
             teacher_model=run.teacher_model,
             teacher=access,
+            labels=label_access(config) if access is not None else None,
             distill=config.distill,
             train=config.train,
             threads=config.train.threads_per_worker or default_threads(config),
@@ -267,10 +291,14 @@ def _train(run: Run, bar: Bar) -> Output:
 
     if config.teacher is None or not config.distils:
         return run_training(plan(None), run.cluster, bar, run.track(""))
-    bar.start(config.train.steps, "starting the teachers")
     assert run.teacher_model is not None
-    store = run.outputs["prepare"]
-    with teacher_service(config.teacher, run.teacher_model, run.tokenizer, store, config) as (access, reason):
+    stored = access_without_teacher(config, run.teacher_model, run.storage, run.store_prefix)
+    with contextlib.ExitStack() as stack:
+        if stored is None:
+            bar.start(config.train.steps, "starting the teachers")
+            arguments = (run.teacher_model, run.tokenizer, run.outputs["prepare"], config)
+            stored = stack.enter_context(teacher_service(config.teacher, *arguments))
+        access, reason = stored
         bar.say(reason)
         return run_training(plan(access), run.cluster, bar, run.track(""))
 
@@ -404,7 +432,8 @@ def _serve(run: Run, bar: Bar) -> Output:
 
 ALL_STAGES = (
     Stage("prepare", _prepare_key, _prepare, _prepare_is_there, needs_cluster=False),
-    Stage("teacher", _teacher_key, _teacher, _model_is_there),
+    Stage("teacher", _teacher_key, _teacher, _model_is_there, applies=lambda run: run.config.teacher is not None),
+    Stage("label", _label_key, _label, _labels_are_there, applies=_labels_ahead, decides=False),
     Stage("train", _train_key, _train, _model_is_there),
     Stage("evaluate", _evaluate_key, _evaluate),
     Stage("quantize", _quantize_key, _quantize, _artefacts_are_there),

@@ -59,9 +59,13 @@ def _note(stage: dict[str, Any]) -> str:
         note = f"{stage['rows']:,} rows, {stage['tokens_per_s']:,.0f} tokens/s, loss {stage['losses'][-1]:.3f}"
         if stage.get("teacher_calls"):
             note += f", {stage['teacher_calls']:,} teacher calls, waited {stage['teacher_wait_s']:.1f} s"
+        if stage.get("labelled_rows"):
+            note += f", {stage['labelled_rows']:,} rows from labels"
         return "\n".join([note, *_where_time_goes(stage)])
     if "documents" in stage:
         return f"{stage['documents']:,} documents, {stage['rows']['train']:,} + {stage['rows']['validation']:,} rows"
+    if "labelled" in stage:
+        return f"{stage['labelled']:,} of {stage['rows']:,} rows labelled now, {size(stage['size_bytes'])} in all"
     if "champion" in stage:
         return f"version {stage['champion']['version']} is champion of {stage['champion']['model_name']}"
     if "answer" in stage:

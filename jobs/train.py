@@ -87,6 +87,7 @@ def run_training(plan: TrainPlan, connection: Connection, bar: Bar, on_step: OnS
         "teacher_calls": outcome["teacher_calls"],
         "teacher_wait_s": outcome["teacher_wait_s"],
         "retries": outcome["retries"],
+        "labelled_rows": outcome["labelled_rows"],
         "signal_bytes_per_position": outcome["signal_bytes"] / max(1, outcome["positions"]),
         "teacher_tokens_per_s": outcome["tokens"] / outcome["teacher_s"] if outcome["teacher_s"] else 0.0,
         "parts_s": outcome["parts_s"],

@@ -45,6 +45,8 @@ class TrainState:
     signal_bytes: int = 0
     teacher_s: float = 0.0
     """Time that replicas spent on the answers, added up."""
+    labelled_rows: int = 0
+    """Rows whose signal was a stored label."""
     train_s: float = 0.0
     parts_s: dict[str, float] = field(default_factory=dict)
     """What `train_s` went into, on the leading worker (`timing.PARTS`)."""

@@ -9,20 +9,29 @@ Axes: S tokens of a micro-batch in flat order, N scored positions.
 
 import hashlib
 import io
-from collections import OrderedDict
+import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import CorpusError, CorruptArtifact
 from cluster.published import read_manifest
+from cluster.row_groups import ByteCache, ParquetObject
 from cluster.storage import Storage
 
-_CACHE_BYTES = 1 << 30
+_DECODED = 8
+"""Times that a decoded shard is larger than its object, at most."""
+_FOOTERS = 128 << 20
+_READERS = 16
+"""Threads that read rows ahead: of a store in the network each waits most of the time."""
+_ROWS_AHEAD = 128
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,10 @@ class Row:
     num_bytes: int
     """UTF-8 bytes of the text that the row's targets stand for."""
 
+    @property
+    def nbytes(self) -> int:
+        return self.token_ids.nbytes + self.segment_lengths.nbytes + self.loss_mask.nbytes + 256
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -60,6 +73,7 @@ class MicroBatch:
         positions: int32 [N], indices into `token_ids` whose successor is a target.
         targets: int64 [N], those successors.
         row_ids: the rows.
+        row_lengths: int32, tokens of each row; they add up to S.
         num_bytes: UTF-8 bytes that the targets stand for.
     """
 
@@ -70,65 +84,83 @@ class MicroBatch:
     positions: np.ndarray
     targets: np.ndarray
     row_ids: tuple[RowId, ...]
+    row_lengths: np.ndarray
     num_bytes: int
 
 
 class ExampleStore:
-    """One split of a prepared corpus. Shards are decoded when first needed and kept up to a bound.
+    """One split of a prepared corpus.
+
+    A store that fits into the cache is read shard by shard, each checked against its hash; of a larger one only the row
+    groups that are wanted, each checked by its pages' checksums. Threads may share a store.
 
     Raises:
         CorpusError: there is no finished store at the prefix.
     """
 
-    def __init__(self, storage: Storage, prefix: str, split: str) -> None:
+    def __init__(self, storage: Storage, prefix: str, split: str, cache_bytes: int = 512 << 20) -> None:
         manifest = read_manifest(storage, prefix)
         if manifest is None:
             raise CorpusError(f"no example store at {storage.uri}/{prefix}: run prepare first")
         self._storage, self._prefix = storage, prefix
         self.manifest: dict[str, Any] = manifest
         self.fingerprint: str = manifest["fingerprint"]
-        self._shards = [shard for shard in manifest["shards"] if shard["split"] == split]
-        self._starts = np.cumsum([0, *(shard["rows"] for shard in self._shards)])
-        self._cache: OrderedDict[int, list[Row]] = OrderedDict()
-        self._cached_bytes = 0
+        self.shards: list[dict[str, Any]] = [shard for shard in manifest["shards"] if shard["split"] == split]
+        self._starts = np.cumsum([0, *(shard["rows"] for shard in self.shards)])
+        self._fits = sum(shard["size_bytes"] for shard in self.shards) * _DECODED <= cache_bytes
+        self._rows = ByteCache[list[Row]](cache_bytes, lambda rows: sum(row.nbytes for row in rows))
+        self._objects = ByteCache[ParquetObject](_FOOTERS, lambda item: 4 * item.metadata.serialized_size)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def first_row(self, shard: int) -> int:
+        """The position of the first row of a shard, given by its number."""
+        numbers = [item["number"] for item in self.shards]
+        return int(self._starts[numbers.index(shard)])
+
+    def row_id(self, index: int) -> RowId:
+        """The name of the row at a position, without reading it."""
+        place, number = self._place(index)
+        return RowId(self.shards[place]["number"], number)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard (its place in `shards`) that holds a row, and the row's number in it."""
+        place = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return place, index - int(self._starts[place])
+
     def row(self, index: int) -> Row:
         """The row at a position of the store's own order."""
-        place = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._shard(place)[index - int(self._starts[place])]
+        place, number = self._place(index)
+        if self._fits:
+            return self._rows.get(place, lambda: self._shard(place))[number]
+        shard = self._objects.get(place, lambda: self._open(place))
+        group, number_in_group = shard.place(number)
+        first = number - number_in_group
+        load = lambda: _rows(shard.read(group), self.shards[place]["number"], first)  # noqa: E731
+        return self._rows.get((place, group), load)[number_in_group]
+
+    def _key(self, place: int) -> str:
+        return f"{self._prefix}/{self.shards[place]['key']}"
+
+    def _open(self, place: int) -> ParquetObject:
+        return ParquetObject(self._storage, self._key(place), self.shards[place]["size_bytes"])
 
     def _shard(self, place: int) -> list[Row]:
-        if place in self._cache:
-            self._cache.move_to_end(place)
-            return self._cache[place]
-        rows = self._load(place)
-        self._cache[place] = rows
-        self._cached_bytes += self._shards[place]["size_bytes"] * 8
-        while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
-            evicted, _ = self._cache.popitem(last=False)
-            self._cached_bytes -= self._shards[evicted]["size_bytes"] * 8
-        return rows
-
-    def _load(self, place: int) -> list[Row]:
-        shard = self._shards[place]
-        key = f"{self._prefix}/{shard['key']}"
-        data = self._storage.read(key)
-        found = hashlib.sha256(data).hexdigest()
-        if found != shard["sha256"]:
+        shard = self.shards[place]
+        data = self._storage.read(self._key(place))
+        if hashlib.sha256(data).hexdigest() != shard["sha256"]:
             raise CorruptArtifact(
-                f"{self._storage.uri}/{key}: sha256 is not the manifest's; delete the store, prepare again"
+                f"{self._storage.uri}/{self._key(place)}: sha256 is not the manifest's; delete the store, prepare again"
             )
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
-        columns = [table.column(name).combine_chunks() for name in ("token_ids", "segment_lengths", "loss_mask")]
-        tokens, segments, masks = [_split_list(column) for column in columns]
-        counts = table.column("num_bytes").to_pylist()
-        return [
-            Row(RowId(shard["number"], row), tokens[row], segments[row], masks[row], counts[row])
-            for row in range(len(table))
-        ]
+        return _rows(pq.read_table(io.BytesIO(data), page_checksum_verification=True), shard["number"], 0)
+
+
+def _rows(table: pa.Table, shard: int, first: int) -> list[Row]:
+    columns = [table.column(name).combine_chunks() for name in ("token_ids", "segment_lengths", "loss_mask")]
+    tokens, segments, masks = [_split_list(column) for column in columns]
+    counts = table.column("num_bytes").to_pylist()
+    return [Row(RowId(shard, first + n), tokens[n], segments[n], masks[n], counts[n]) for n in range(len(table))]
 
 
 def _split_list(column: Any) -> list[np.ndarray]:
@@ -154,6 +186,12 @@ class GlobalBatches:
     def __init__(self, store: ExampleStore, global_batch: int, seed: int) -> None:
         self._store, self._global_batch, self._seed = store, global_batch, seed
         self._orders: dict[int, np.ndarray] = {}
+        self._waited_s = 0.0
+
+    def take_waited_s(self) -> float:
+        """Time that `micro_batches` has waited for the store since the last call."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
 
     def indices(self, step: int) -> list[int]:
         """Row indices of a step, in order."""
@@ -168,16 +206,40 @@ class GlobalBatches:
         return int(self._orders[epoch][offset])
 
     def micro_batches(self, steps: range, rank: int, world_size: int, micro_batch: int) -> Iterator[MicroBatch]:
-        """A worker's share of the given steps: every `world_size`-th row, `micro_batch` rows at a time."""
+        """A worker's share of the given steps: every `world_size`-th row, `micro_batch` rows at a time. Rows are read
+        some micro-batches ahead."""
+        ahead = 1 + -(-_ROWS_AHEAD // micro_batch)
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="rows") as pool:
+            waiting: deque[tuple[int, bool, list[Future[Row]]]] = deque()
+            try:
+                for step, last, mine in self._shares(steps, rank, world_size, micro_batch):
+                    waiting.append((step, last, [pool.submit(self._store.row, index) for index in mine]))
+                    if len(waiting) > ahead:
+                        yield self._collated(*waiting.popleft())
+                while waiting:
+                    yield self._collated(*waiting.popleft())
+            finally:
+                for _, _, rows in waiting:
+                    for row in rows:
+                        row.cancel()
+
+    def _shares(
+        self, steps: range, rank: int, world_size: int, micro_batch: int
+    ) -> Iterator[tuple[int, bool, list[int]]]:
         for step in steps:
             mine = self.indices(step)[rank::world_size]
             starts = range(0, len(mine), micro_batch)
             for start in starts:
-                rows = [self._store.row(index) for index in mine[start : start + micro_batch]]
-                yield collate(rows, step, last=start == starts[-1])
+                yield step, start == starts[-1], mine[start : start + micro_batch]
+
+    def _collated(self, step: int, last: bool, rows: list[Future[Row]]) -> MicroBatch:
+        started = time.perf_counter()
+        read = [row.result() for row in rows]
+        self._waited_s += time.perf_counter() - started
+        return collate(read, step, last)
 
     def row_ids(self, step: int) -> list[RowId]:
-        return [self._store.row(index).id for index in self.indices(step)]
+        return [self._store.row_id(index) for index in self.indices(step)]
 
 
 def collate(rows: list[Row], step: int = 0, last: bool = True) -> MicroBatch:
@@ -200,6 +262,7 @@ def collate(rows: list[Row], step: int = 0, last: bool = True) -> MicroBatch:
         positions=(target_index - 1).astype(np.int32),
         targets=token_ids[target_index].astype(np.int64),
         row_ids=tuple(row.id for row in rows),
+        row_lengths=np.array([len(row.token_ids) for row in rows], np.int32),
         num_bytes=sum(row.num_bytes for row in rows),
     )
 

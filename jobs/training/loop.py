@@ -7,8 +7,7 @@ Read `train` first. What it leans on: `data` deals out rows, `prefetch` asks the
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from cluster.pretrained import load_tokenizer
 from cluster.published import publish_directory
 from cluster.storage import open_storage
 from jobs.config import TrainConfig
+from jobs.labels.teacher import StoredTeacher
 from jobs.scoring import TextScore, score_text, scored_hidden_states
 from jobs.training.checkpoint import Checkpoints, TrainState
 from jobs.training.data import ExampleStore, GlobalBatches, MicroBatch, collate
@@ -27,9 +27,7 @@ from jobs.training.initial import build_student
 from jobs.training.losses import distillation_loss
 from jobs.training.objective import Objective
 from jobs.training.plan import TrainPlan
-from jobs.training.prefetch import Prefetch
-from jobs.training.targets import teacher_target
-from jobs.training.targets.full import teacher_head
+from jobs.training.signals import Signals
 from jobs.training.targets.fused import compiled_forward_kl
 from jobs.training.timing import StepClock
 from jobs.training.workers import StepSums, Workers
@@ -55,7 +53,7 @@ def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, rep
     batches = GlobalBatches(store, config.global_batch, config.seed)
     validation = ExampleStore(storage, plan.store, "validation")
     dtype = choose_dtype(config.precision, workers.device)  # of the products; weights and sums are float32
-    signals = _Signals(plan, workers, teacher, student_head, dtype)
+    signals = Signals(plan, workers, teacher, student_head, dtype, store)
     objective = Objective(
         plan.distill.alpha if teacher else 1.0, plan.distill.temperature, plan.distill.divergence, plan.distill.jsd_beta
     )
@@ -86,6 +84,7 @@ def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, rep
             sums.add(batch, loss)
             if batch.last:
                 break
+        sums.store_wait_s = batches.take_waited_s()
         sums = workers.add_up(signals.count_into(sums))
         with clock.part("optimizer"):
             workers.add_up_gradients(model, divisor=max(1.0, sums.positions))
@@ -116,6 +115,7 @@ def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, rep
             report(state.step, metrics)
             if keeps:
                 checkpoints.save(model, optimizer, state)
+    signals.close()
     if workers.leads:
         _publish(plan, model)
     workers.agree_on(0)
@@ -132,10 +132,13 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     torch.set_num_threads(plan.threads)
     workers = Workers(context.get_world_rank(), context.get_world_size(), get_device())
-    teacher = None
+    teacher: TeacherClient | StoredTeacher | None = None
     if plan.teacher is not None:
         access = plan.teacher
-        teacher = TeacherClient(access.app_name, access.attempt_timeout_s, access.deadline_s, access.fingerprint)
+        if access.app_name is not None:
+            teacher = TeacherClient(access.app_name, access.attempt_timeout_s, access.deadline_s, access.fingerprint)
+        elif plan.labels is not None:
+            teacher = StoredTeacher(open_storage(plan.labels.root), access.fingerprint, access.signal)
     try:
         return train(plan, workers, teacher, lambda step, metrics: config["board"].report.remote(step, metrics))
     finally:
@@ -154,52 +157,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     progress = (step - warmup + 1) / (config.steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * (config.final_rate + (1 - config.final_rate) * cosine)
-
-
-class _Signals:
-    """The teacher's side of a batch: asks ahead, and turns answers into targets. Does nothing without a teacher."""
-
-    def __init__(
-        self,
-        plan: TrainPlan,
-        workers: Workers,
-        teacher: TeacherAnswers | None,
-        student_head: OutputHead,
-        dtype: torch.dtype,
-    ) -> None:
-        self._teacher, self._workers, self._head = teacher, workers, None
-        self._counted = (0, 0, 0.0, 0, 0.0)
-        if teacher is None or plan.teacher is None:
-            return
-        description = teacher.describe()
-        self._columns = min(description.vocab_size, student_head.vocab_size)
-        spec = replace(plan.teacher.signal, vocab_size=self._columns)
-        if spec.kind == "hidden":
-            self._head = teacher_head(teacher.head(), workers.device, dtype)
-        size = spec.bytes_per_position(description.hidden_size)
-        self._prefetch = Prefetch(
-            teacher, spec, size, plan.teacher.window_bytes, f"worker{workers.rank}", plan.train.seed
-        )
-
-    def with_signals(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Signal | None]]:
-        if self._teacher is None:
-            return ((batch, None) for batch in batches)
-        return self._prefetch.pairs(batches)
-
-    def target(self, signal: Signal | None) -> Any:
-        return None if signal is None else teacher_target(signal, self._columns, self._head, self._workers.device)
-
-    def count_into(self, sums: StepSums) -> StepSums:
-        """Adds what happened since the last call."""
-        if self._teacher is not None:
-            counters = self._teacher.counters
-            asked = self._prefetch
-            now = (counters.calls, counters.retries, asked.waited_s, asked.received_bytes, asked.teacher_s)
-            sums.teacher_calls, sums.retries, sums.teacher_wait_s, sums.signal_bytes, sums.teacher_s = (
-                new - old for new, old in zip(now, self._counted, strict=True)
-            )
-            self._counted = now
-        return sums
 
 
 def _restore(
@@ -262,6 +219,7 @@ def _count(
     state.teacher_wait_s += wait_s
     state.signal_bytes += int(sums.signal_bytes)
     state.teacher_s += sums.teacher_s
+    state.labelled_rows += int(sums.labelled_rows)
     state.positions += int(sums.positions)
     state.train_s += seconds
     state.parts_s = {name: state.parts_s.get(name, 0.0) + part_s for name, part_s in parts.items()}
@@ -270,15 +228,17 @@ def _count(
         "train/cross_entropy": sums.cross_entropy / positions,
         "train/tokens_per_s": sums.tokens / seconds,
         "train/step_s": seconds,
+        "train/store_wait_s": sums.store_wait_s / workers.count,
         **{f"train/{name}_s": part_s for name, part_s in parts.items() if name != "wait"},
     }
-    if sums.teacher_calls or state.teacher_calls:
+    if sums.teacher_calls or state.teacher_calls or sums.labelled_rows:
         metrics |= {
             "train/divergence": sums.divergence / positions,
             "train/agreement": sums.agreements / positions,
             "train/teacher_wait_s": wait_s,
             "train/retries": sums.retries,
             "train/signal_bytes_per_position": sums.signal_bytes / positions,
+            "train/labelled_share": sums.labelled_rows / max(1.0, sums.rows),
             "teacher/tokens_per_s": sums.tokens / max(sums.teacher_s, 1e-9),
         }
     return metrics

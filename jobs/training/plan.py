@@ -8,13 +8,23 @@ from services.teacher.signals import SignalSpec
 class TeacherAccess(Config):
     """How a worker reaches the teacher service, what it asks for, and how far ahead it may ask."""
 
-    app_name: str
+    app_name: str | None
+    """None where labels say everything and no teacher was started."""
     fingerprint: str
     signal: SignalSpec
     """Its columns are the teacher's; a worker asks for those that its student has too."""
     attempt_timeout_s: float
     deadline_s: float
     window_bytes: int
+
+
+class LabelAccess(Config):
+    """Where labels lie, and what a worker does with them."""
+
+    root: str
+    """URI of all label stores."""
+    reads: bool
+    writes: bool
 
 
 class TrainPlan(Config):
@@ -28,6 +38,7 @@ class TrainPlan(Config):
         student: how the initial model is made.
         teacher_model: directory or hub id of the teacher, for the initial model; None without one.
         teacher: the service to ask; None trains on the text alone.
+        labels: where to look before it is asked, or to keep what it says.
     """
 
     storage: str
@@ -37,6 +48,7 @@ class TrainPlan(Config):
     student: StudentConfig
     teacher_model: str | None
     teacher: TeacherAccess | None
+    labels: LabelAccess | None = None
     distill: DistillConfig
     train: TrainConfig
     threads: int

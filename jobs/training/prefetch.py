@@ -4,6 +4,7 @@ Off-policy data do not go stale, so any depth is allowed; the bound is memory. T
 optimiser steps, and answers come out in the order of the micro-batches whatever order they arrive in.
 """
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -11,9 +12,26 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from jobs.training.data import MicroBatch
+from jobs.training.labelled import Labels, NotLabelled
 from services.teacher.client import TeacherAnswers
 from services.teacher.schema import ScoreReply, ScoreRequest
 from services.teacher.signals import Signal, SignalSpec, num_bytes
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A micro-batch whose signal is on its way: as a stored label, or as an answer of the teacher."""
+
+    batch: MicroBatch
+    number: int
+    size: int
+    label: Future[Signal] | None
+    answer: Future[ScoreReply] | None
+
+    def cancel(self) -> None:
+        for future in (self.label, self.answer):
+            if future is not None:
+                future.cancel()
 
 
 @dataclass
@@ -36,15 +54,19 @@ class Prefetch:
     window_bytes: int
     asker: str
     seed: int = 0
+    labels: Labels | None = None
+    """Looked up before the teacher is asked, and told what it says."""
     waited_s: float = 0.0
     """Time the student spent waiting for answers."""
     received_bytes: int = 0
     teacher_s: float = 0.0
     """Time that replicas spent on the answers."""
+    labelled_rows: int = 0
+    """Rows whose signal was a stored label."""
 
     def pairs(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Signal]]:
         """Every micro-batch with its signal, in order. What is still asked when the caller stops is cancelled."""
-        waiting: deque[tuple[MicroBatch, Future[ScoreReply], int]] = deque()
+        waiting: deque[_Asked] = deque()
         in_flight_bytes, number = 0, 0
         upcoming = next(batches, None)
         ready: tuple[MicroBatch, Signal] | None = None
@@ -54,7 +76,7 @@ class Prefetch:
                     size = len(upcoming.positions) * self.bytes_per_position
                     if waiting and in_flight_bytes + size > self.window_bytes:
                         break
-                    waiting.append((upcoming, self.teacher.submit(self._request(upcoming, number)), size))
+                    waiting.append(self._ask(upcoming, number, size))
                     in_flight_bytes += size
                     number += 1
                     upcoming = next(batches, None)
@@ -62,17 +84,34 @@ class Prefetch:
                     yield ready
                     ready = None
                 if waiting:
-                    batch, answer, size = waiting.popleft()
+                    asked = waiting.popleft()
                     started = time.perf_counter()
-                    reply = answer.result()
+                    signal = self._answer(asked)
                     self.waited_s += time.perf_counter() - started
-                    self.received_bytes += num_bytes(reply.signal)
-                    self.teacher_s += reply.seconds
-                    ready = batch, reply.signal
-                    in_flight_bytes -= size
+                    ready = asked.batch, signal
+                    in_flight_bytes -= asked.size
         finally:
-            for _, answer, _ in waiting:
-                answer.cancel()
+            for asked in waiting:
+                asked.cancel()
+
+    def _ask(self, batch: MicroBatch, number: int, size: int) -> "_Asked":
+        label = self.labels.find(batch) if self.labels is not None else None
+        answer = self.teacher.submit(self._request(batch, number)) if label is None else None
+        return _Asked(batch, number, size, label, answer)
+
+    def _answer(self, asked: "_Asked") -> Signal:
+        if asked.label is not None:
+            with contextlib.suppress(NotLabelled):  # asked of the teacher after all
+                signal = asked.label.result()
+                self.labelled_rows += len(asked.batch.row_ids)
+                return signal
+        answer = asked.answer or self.teacher.submit(self._request(asked.batch, asked.number))
+        reply = answer.result()
+        self.received_bytes += num_bytes(reply.signal)
+        self.teacher_s += reply.seconds
+        if self.labels is not None:
+            self.labels.keep(asked.batch, reply.signal)
+        return reply.signal
 
     def _request(self, batch: MicroBatch, number: int) -> ScoreRequest:
         return ScoreRequest(

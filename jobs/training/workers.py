@@ -26,12 +26,16 @@ class StepSums:
     tokens: float = 0.0
     rows: float = 0.0
     rows_checksum: float = 0.0
+    store_wait_s: float = 0.0
+    """Time spent waiting for the example store."""
     teacher_calls: float = 0.0
     retries: float = 0.0
     teacher_wait_s: float = 0.0
     signal_bytes: float = 0.0
     teacher_s: float = 0.0
     """Time that replicas spent on the answers."""
+    labelled_rows: float = 0.0
+    """Rows whose signal was a stored label."""
 
     def add(self, batch: MicroBatch, loss: LossParts) -> None:
         self.loss += loss.total.item()

@@ -8,7 +8,7 @@ W bytes of packed ids. Everything is restricted to the first C columns and norma
 model has is probability zero, not logit zero. Numpy has no bfloat16: such values travel as their uint16 bit patterns.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -232,6 +232,23 @@ def copied(record: Record) -> Record:
     values: dict[str, Any] = {item.name: getattr(record, item.name) for item in fields(record)}
     arrays = {name: value.copy() for name, value in values.items() if isinstance(value, np.ndarray)}
     return type(record)(**{**values, **arrays})
+
+
+def cut(signal: Signal, start: int, stop: int) -> Signal:
+    """The signal of positions `start` to `stop` alone, with arrays of its own."""
+    values = vars(signal)
+    parts: Any = {name: value[start:stop].copy() for name, value in values.items() if isinstance(value, np.ndarray)}
+    return replace(signal, **parts)
+
+
+def joined(signals: list[Signal]) -> Signal:
+    """One signal of the positions of several that answer the same `SignalSpec`."""
+    signals = [item for item in signals if len(item)] or signals[:1]
+    if len(signals) == 1:
+        return signals[0]
+    names = [name for name, value in vars(signals[0]).items() if isinstance(value, np.ndarray)]
+    arrays: Any = {name: np.concatenate([vars(item)[name] for item in signals]) for name in names}
+    return replace(signals[0], **arrays)
 
 
 def num_bytes(record: Any) -> int:

@@ -80,15 +80,18 @@ def with_service(name: str, directory: Path, step: Callable[[], None]) -> None:
         train_with(TeacherClient(), directory, step)
 
 
-def train_with(teacher: TeacherAnswers, directory: Path, step: Callable[[], None]) -> None:
-    """Our training loop without an end, against a given teacher."""
+def train_with(
+    teacher: TeacherAnswers, directory: Path, step: Callable[[], None], labels: str | None = None, **distil: Any
+) -> None:
+    """Our training loop without an end, against a given teacher; `labels` is the root of a label store to read and to
+    write."""
     from jobs.config import DistillConfig, StudentConfig, TrainConfig
     from jobs.training.choice import choose_signal
     from jobs.training.loop import train
-    from jobs.training.plan import TeacherAccess, TrainPlan
+    from jobs.training.plan import LabelAccess, TeacherAccess, TrainPlan
     from jobs.training.workers import Workers
 
-    distill, described = DistillConfig(alpha=ALPHA), teacher.describe()
+    distill, described = DistillConfig(alpha=ALPHA, **distil), teacher.describe()
     signal, _ = choose_signal(distill, described)
     access = TeacherAccess(
         app_name="teacher",
@@ -106,6 +109,7 @@ def train_with(teacher: TeacherAnswers, directory: Path, step: Callable[[], None
         student=StudentConfig(model=str(directory / "student")),
         teacher_model=None,
         teacher=access,
+        labels=LabelAccess(root=labels, reads=True, writes=True) if labels is not None else None,
         distill=distill,
         train=TrainConfig(
             steps=ENDLESS,

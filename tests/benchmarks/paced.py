@@ -25,15 +25,19 @@ class PacedTraining:
 
     def turn(self) -> float:
         """Lets the training go on for a turn; returns the mean seconds of its counted steps."""
+        begun = time.perf_counter()
+        self.steps(self._uncounted + self._counted)
+        begin = self._ends[-1 - self._counted] if self._uncounted else begun
+        return (self._ends[-1] - begin) / self._counted
+
+    def steps(self, number: int) -> None:
+        """Lets the training go on for so many steps."""
         with self._changed:
-            begun = time.perf_counter()
-            self._until = len(self._ends) + self._uncounted + self._counted
+            self._until = len(self._ends) + number
             self._changed.notify_all()
             self._changed.wait_for(lambda: len(self._ends) >= self._until or self._failure is not None)
             if self._failure is not None:
                 raise self._failure
-            begin = self._ends[-1 - self._counted] if self._uncounted else begun
-            return (self._ends[-1] - begin) / self._counted
 
     def _run(self, start: Callable[[Callable[[], None]], None]) -> None:
         try:

@@ -65,8 +65,8 @@ class Worker:
         """Answers taken, and seconds waited for them, in the measured time."""
         tokens = np.zeros(POSITIONS, np.int32)
         places, lengths = np.arange(POSITIONS, dtype=np.int32), np.array([POSITIONS], np.int32)
-        targets = np.zeros(POSITIONS, np.int64)
-        endless = (MicroBatch(n, True, tokens, lengths, places, targets, (), 0) for n in range(10**9))
+        targets, none = np.zeros(POSITIONS, np.int64), np.zeros(0, np.int32)
+        endless = (MicroBatch(n, True, tokens, lengths, places, targets, (), none, 0) for n in range(10**9))
         pairs = self._prefetch.pairs(endless)
         begin = time.monotonic() + warm_s
         taken, waited = 0, 0.0

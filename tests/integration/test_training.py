@@ -14,10 +14,11 @@ from cluster.errors import NonFiniteLoss
 from cluster.storage import open_storage
 from jobs.config import DataConfig, RunConfig
 from jobs.corpus import find_sources
+from jobs.label import label_store
 from jobs.prepare import prepare
 from jobs.train import run_training, teacher_service
 from jobs.training.data import ExampleStore, GlobalBatches, rows_checksum
-from jobs.training.plan import TrainPlan
+from jobs.training.plan import LabelAccess, TrainPlan
 from tests import tiny
 from tests.unit.test_prepare import NoBar
 
@@ -109,6 +110,27 @@ def test_training_two_workers_and_other_micro_batches_give_the_same_curve(base, 
         seen[0][1]
     )
     assert seen[-1][1]["validation/bits_per_byte"] > 0
+
+
+def test_training_from_labels_asks_no_teacher_and_gives_the_same_curve(base, access, connection, one_worker, tmp_path):
+    storage, root = open_storage(base[0].storage), str(tmp_path)
+    rows = len(ExampleStore(storage, "store/x", "train"))
+
+    def trained(name, reached, reads, writes, **changes):
+        labels = LabelAccess(root=root, reads=reads, writes=writes)
+        this = plan(base, reached, name, **changes).replace(labels=labels)
+        return run_training(this, connection, NoBar(), lambda step, metrics: None)
+
+    def labelled():
+        return label_store(access, root, storage, "store/x", 6, 2, NoBar())["labelled"]
+
+    kept = trained("keeps-labels", access, True, True, num_workers=2, steps=8)
+    assert kept["teacher_calls"] > 0
+    assert labelled() == rows - min(rows, 8 * BATCH)
+    assert labelled() == 0
+    alone = trained("from-labels", access.replace(app_name=None), True, False, num_workers=2)
+    assert (alone["teacher_calls"], alone["labelled_rows"]) == (0, STEPS * BATCH)
+    np.testing.assert_allclose(alone["losses"], one_worker["losses"], rtol=1e-4)
 
 
 def processes(name):

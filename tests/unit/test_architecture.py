@@ -120,7 +120,7 @@ def test_imports_jobs_know_only_records_and_client_of_a_service():
         return (
             room(module) == "jobs"
             and is_a(imported, "services")
-            and service(imported)[1] not in ("schema", "signals", "client")
+            and service(imported)[1] not in ("schema", "signals", "packing", "client")
         )
 
     assert not broken(wrong)

@@ -34,6 +34,7 @@ def batch(number: int, positions: int, step: int | None = None) -> MicroBatch:
         positions=np.arange(positions, dtype=np.int32),
         targets=np.full(positions, number, np.int64),
         row_ids=(),
+        row_lengths=np.zeros(0, np.int32),
         num_bytes=0,
     )
 
@@ -176,6 +177,7 @@ def test_pairs_of_an_in_process_teacher_are_its_signals(tmp_path: Path):
             np.array([0, 3, 13], np.int32),
             np.zeros(3, np.int64),
             (),
+            np.zeros(0, np.int32),
             0,
         )
         for i in range(10)

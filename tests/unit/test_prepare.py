@@ -23,6 +23,7 @@ from tests import tiny
 class NoBar:
     def start(self, total, note=""): ...
     def update(self, done=None, note=None): ...
+    def say(self, text): ...
     def over(self, items):
         return items
 
@@ -167,3 +168,17 @@ def test_held_out_documents_stay_held_out_when_files_are_added():
     assert 120 < len(chosen) < 280
     assert all(is_held_out(text, 0.1) for text in chosen)
     assert set(chosen) <= {text for text in texts if is_held_out(text, 0.2)}
+
+
+def test_a_store_larger_than_the_cache_gives_the_same_rows_by_ranges(tmp_path, tokenizer_uri, monkeypatch):
+    storage, _ = build(tmp_path, tokenizer_uri, tiny.corpus(tmp_path / "in", 300), rows_per_shard=50)
+    whole = ExampleStore(storage, "store/x", "train")
+    other, read = open_storage(storage.uri), []
+    by_ranges = ExampleStore(other, "store/x", "train", cache_bytes=20_000)
+    monkeypatch.setattr(other, "read", lambda key: read.append(key))
+    for index in np.random.default_rng(0).permutation(len(whole)):
+        expected, found = whole.row(int(index)), by_ranges.row(int(index))
+        assert (found.id, found.num_bytes) == (expected.id, expected.num_bytes)
+        for name in ("token_ids", "segment_lengths", "loss_mask"):
+            assert np.array_equal(getattr(found, name), getattr(expected, name))
+    assert read == []
