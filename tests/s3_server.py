@@ -10,6 +10,7 @@ import getpass
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -173,7 +174,9 @@ def _write_settings(directory: Path, ports: dict[str, int], found: Path) -> Path
 
 
 def main() -> None:
-    """Runs a server in the foreground until Ctrl-C."""
+    """Runs a server in the foreground until Ctrl-C, or until it is asked to end."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     directory = Path(tempfile.mkdtemp(prefix="raystill-s3-"))
     try:
         with running(directory) as server, contextlib.suppress(KeyboardInterrupt):

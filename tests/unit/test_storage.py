@@ -266,19 +266,22 @@ def test_storage_counts_its_traffic(storage, tmp_path):
     assert counted.seconds > 0
 
 
-def test_local_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    """On a real disk of 256 kB, in a mount namespace of its own."""
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=256k none "$0" && exec "$@"', str(small)]
+def on_a_small_disk(directory, code, *arguments, **environment):
+    """Runs Python with a real disk of 256 kB at `directory`, which only that process sees."""
+    directory.mkdir()
+    mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=256k none "$0" && exec "$@"', str(directory)]
     if shutil.which("unshare") is None or subprocess.run([*mount, "true"], capture_output=True).returncode != 0:
         pytest.skip("mounting a small disk is not allowed here")
-    done = subprocess.run(
-        [*mount, sys.executable, "-c", FILL_THE_DISK, str(small), str(tmp_path / "large")],
+    return subprocess.run(
+        [*mount, sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
     )
+
+
+def test_local_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    done = on_a_small_disk(tmp_path / "small", FILL_THE_DISK, tmp_path / "small", tmp_path / "large")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 4
     assert all("No space left" in line and "free some space" in line for line in done.stdout.splitlines())
