@@ -4,9 +4,12 @@ import dataclasses
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +19,9 @@ from cluster.errors import StorageError
 from cluster.published import fetch_directory, publish_directory
 from cluster.s3 import S3Storage
 from cluster.storage import open_storage
+from jobs.training.checkpoint import Checkpoints
 from tests.fault_proxy import Fault, FaultProxy
+from tests.unit.test_checkpoint import trained
 from tests.unit.test_storage import (  # noqa: F401 - what every storage does, here on the real server
     test_localize_s3_directory_is_copied_once_and_verified,
     test_publish_manifest_with_a_hostile_name_is_refused,
@@ -38,6 +43,7 @@ from tests.unit.test_storage import (  # noqa: F401 - what every storage does, h
 )
 
 pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 CONTENT = os.urandom(4 * MIB)
 QUICK = Limits(
@@ -294,6 +300,60 @@ def test_s3_publication_that_fails_does_not_exist(storage, harmed, proxy, tmp_pa
     with pytest.raises(FileNotFoundError):
         fetch_directory(storage, "d", tmp_path / "copy")
     assert proxy.fired["error"] > 3
+
+
+def test_s3_checkpoint_is_stored_and_resumed_through_faults(storage, harmed, proxy):
+    with Checkpoints(harmed, "c", 1, {}) as checkpoints:
+        for step in range(4):
+            for mode, method in (("error", ""), ("lose", "PUT"), ("reset", "GET")):
+                proxy.add(Fault(mode, times=1, method=method, **SLOW_DOWN))
+            checkpoints.save(*trained(step))
+        checkpoints.wait()
+        proxy.add(Fault("cut", times=2, method="GET", after_bytes=50))
+        found = checkpoints.fetch()
+    assert found.state.step == 3
+    found.discard()
+    assert Checkpoints(storage, "c", 1, {}).steps() == [2, 3]
+    assert proxy.fired["cut"] == 2
+    assert proxy.fired["lose"] == proxy.fired["error"] == 4
+    assert not uploads(storage)
+
+
+SAVE = """
+import sys
+from cluster.storage import open_storage
+from jobs.training.checkpoint import Checkpoints
+from tests.unit.test_checkpoint import trained
+with Checkpoints(open_storage(sys.argv[1]), "c", 5, {}) as checkpoints:
+    print("saving", flush=True)
+    checkpoints.save(*trained(2))
+"""
+
+
+@pytest.mark.parametrize("killed_at", ["weights", "optimizer", "manifest"])
+def test_s3_checkpoint_killed_in_its_upload_leaves_the_one_before(storage, proxy, monkeypatch, killed_at):
+    """SIGKILL while a file of the second checkpoint is held back by the server."""
+    with Checkpoints(storage, "c", 5, {}) as checkpoints:
+        checkpoints.save(*trained(1))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    proxy.add(Fault("latency", method="PUT", path=killed_at, seconds=30))
+    child = subprocess.Popen([sys.executable, "-c", SAVE, storage.uri], stdout=subprocess.DEVNULL, cwd=ROOT)
+    try:
+        until(lambda: proxy.fired["latency"] == 1 or child.poll() is not None)
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.wait()
+    found = Checkpoints(storage, "c", 5, {}).fetch()
+    assert found.state.step == 1
+    found.discard()
+
+
+def until(condition, timeout_s=60):
+    ends = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
 
 
 def test_s3_object_server_stopped_for_a_while_is_waited_for(storage, aws):
