@@ -33,6 +33,8 @@ class Fault:
 
     mode: Literal["error", "latency", "reset", "lose", "cut", "empty", "trickle"]
     times: int = 1
+    after_requests: int = 0
+    """Requests that match and are spared first."""
     method: str = ""
     path: str = ""
     """A part of the path or the query."""
@@ -80,11 +82,16 @@ class FaultProxy:
     def take(self, method: str, path: str) -> Fault | None:
         with self._lock:
             self.requests.append(f"{method} {path}")
-            found = next((fault for fault in self._faults if fault.matches(method, path)), None)
-            if found is not None:
-                found.times -= 1
-                self.fired[found.mode] += 1
-            return found
+            for fault in self._faults:
+                if not fault.matches(method, path):
+                    continue
+                if fault.after_requests > 0:
+                    fault.after_requests -= 1
+                    continue
+                fault.times -= 1
+                self.fired[fault.mode] += 1
+                return fault
+            return None
 
 
 class _Handler(BaseHTTPRequestHandler):
