@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check bench format smollm2 clean
+.PHONY: demo test check bench format s3 smollm2 clean
 
 demo: .venv/made  ## text to a served student, on this machine, in about six minutes
 	$(BIN)/raystill run jobs/configs/demo.yaml
@@ -21,6 +21,9 @@ bench: .venv/made  ## quick benchmarks of the loss, whole steps, the service, sc
 format: .venv/made
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+s3: .venv/made  ## a real S3 server on this machine until Ctrl-C; prints the variables to export
+	@$(BIN)/python -m tests.s3_server
 
 smollm2: .venv/smollm2  ## the same line with a real pretrained teacher, about 20 minutes
 	$(BIN)/raystill run jobs/configs/smollm2_135m_to_50m_cpu.yaml

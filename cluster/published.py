@@ -80,6 +80,12 @@ def fetch_directory(storage: Storage, prefix: str, into: Path) -> dict[str, Any]
     return manifest
 
 
+def delete_directory(storage: Storage, prefix: str) -> None:
+    """Removes a published directory, its manifest first, so that no half of it is ever taken for whole."""
+    storage.delete(f"{prefix}/{MANIFEST}")
+    storage.delete(prefix)
+
+
 def check_directory(uri: str, expected_sha256: str) -> None:
     """Reads a published directory through.
 

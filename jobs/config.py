@@ -81,7 +81,7 @@ class TrainConfig(Config):
     validation_rows: int = execution(128, ge=1)
     checkpoint_every: int = execution(100, ge=1)
     keep_checkpoints: int = execution(2, ge=1)
-    """Besides the newest."""
+    """Besides the newest, and besides the one with the fewest held-out bits per byte."""
     max_failures: int = execution(3, ge=0)
     """Restarts of the worker group before the run gives up."""
 

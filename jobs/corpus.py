@@ -13,7 +13,7 @@ from typing import IO, cast
 import pyarrow
 import pyarrow.parquet as pq
 
-from cluster.errors import CorpusError
+from cluster.errors import CorpusError, StorageError
 from cluster.storage import LocalStorage, ObjectInfo, Storage, open_storage, split_uri
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
@@ -79,7 +79,7 @@ def read_texts(source: Source, text_column: str) -> Iterator[str]:
         if key.endswith(".parquet"):
             texts = _parquet(source, text_column)
         elif key.endswith(".txt"):
-            texts = iter([_open(source).read().decode("utf-8-sig")])
+            texts = iter([source.storage.open(source.info.key).read().decode("utf-8-sig")])
         else:
             texts = _jsonl(source, text_column)
         for text in texts:
@@ -89,19 +89,15 @@ def read_texts(source: Source, text_column: str) -> Iterator[str]:
         raise CorpusError(f"source {source.uri}: it is gone; run prepare again") from None
     except UnicodeDecodeError as error:
         raise CorpusError(f"source {source.uri}: not UTF-8 (byte {error.start}); convert it or leave it out") from error
+    except StorageError:
+        raise
     except (EOFError, OSError, pyarrow.ArrowException) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CorpusError(f"source {source.uri}: cannot be read to its end ({reason}); replace or remove it") from error
 
 
-def _open(source: Source) -> IO[bytes]:
-    if isinstance(source.storage, LocalStorage):
-        return (source.storage.root / Path(source.info.key)).open("rb")
-    return io.BytesIO(source.storage.read(source.info.key))
-
-
 def _jsonl(source: Source, text_column: str) -> Iterator[str]:
-    with _open(source) as raw:
+    with source.storage.open(source.info.key) as raw:
         compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(source.info.key).suffix)
         stream = cast(IO[bytes], pyarrow.CompressedInputStream(raw, compression)) if compression else raw
         for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig"), 1):
@@ -131,7 +127,7 @@ def _jsonl(source: Source, text_column: str) -> Iterator[str]:
 
 
 def _parquet(source: Source, text_column: str) -> Iterator[str]:
-    with _open(source) as raw:
+    with source.storage.open(source.info.key) as raw:
         file = pq.ParquetFile(raw, page_checksum_verification=True)
         if text_column not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names)

@@ -19,6 +19,18 @@ os.environ.update({key: os.environ.get(key, value) for key, value in process_env
 
 
 @pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real S3 server with a bucket named `bucket`."""
+    from tests import s3_server
+
+    if s3_server.programs() is None:
+        pytest.skip("OpenStack Swift is not installed beside this Python, and RAYSTILL_SWIFT names no other place")
+    with s3_server.running(tmp_path_factory.mktemp("s3")) as server:
+        server.make_bucket("bucket")
+        yield server
+
+
+@pytest.fixture(scope="session")
 def command() -> list[str]:
     """How to call raystill as a user would, in a process of its own."""
     return [sys.executable, "-m", "jobs"]

@@ -2,8 +2,11 @@
 
 A checkpoint is a published directory (manifest last, sha256 of every file): the student as a Hugging Face directory,
 the optimiser's moments as safetensors, and `state.json` with the cursor and what was counted so far. Step 0 is the
-initial student, so that starting and resuming are the same thing. One that does not match its manifest is skipped with
-a warning, for the one before it.
+initial student, so that starting and resuming are the same thing. There is no random state to keep: the order of rows
+and the dropout of a step are functions of the seed and the step. One that does not match its manifest is skipped with a
+warning, for the one before it; one of another config is refused.
+
+Training waits while a checkpoint is written to a local directory, and goes on while one thread uploads it.
 """
 
 import json
@@ -11,15 +14,18 @@ import logging
 import re
 import shutil
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cluster.errors import CorruptArtifact
-from cluster.published import MANIFEST, fetch_directory, publish_directory
+from cluster.config import fingerprint
+from cluster.errors import ConfigError, CorruptArtifact, StorageError
+from cluster.published import MANIFEST, delete_directory, fetch_directory, publish_directory, read_manifest
 from cluster.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -55,41 +61,73 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one training, below a prefix of the run's storage.
+    """The checkpoints of one training, below a prefix of the run's storage. Use it as a context: the end waits.
 
     Args:
-        keep: how many to keep besides the newest; older ones are removed once a newer one is whole.
+        keep: how many to keep besides the newest and the best; others are removed once a newer one is whole.
+        config: what decides the result of the training, as JSON; None reads checkpoints of any config.
     """
 
-    def __init__(self, storage: Storage, prefix: str, keep: int) -> None:
-        self._storage, self._prefix, self._keep = storage, prefix, keep
+    def __init__(self, storage: Storage, prefix: str, keep: int, config: dict[str, Any] | None = None) -> None:
+        self._storage, self._prefix, self._keep, self._config = storage, prefix, keep, config
+        self._uploader = ThreadPoolExecutor(1, "checkpoint")
+        self._upload: Future[None] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.wait()
+        except Exception as lost:
+            if error is None:
+                raise
+            logger.warning("the last checkpoint was not stored: %s", lost)
+        finally:
+            self._uploader.shutdown()
 
     def save(self, model: Any, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-        """Publishes a checkpoint of this step. Call on one worker only."""
-        with tempfile.TemporaryDirectory(prefix="raystill-checkpoint-") as name:
-            directory = Path(name)
+        """Writes a checkpoint of this step to a local directory and begins its upload. Call on one worker only.
+
+        Waits for the upload before it, and raises what that one failed with.
+        """
+        self.wait()
+        directory = Path(tempfile.mkdtemp(prefix="raystill-checkpoint-"))
+        try:
             model.save_pretrained(directory / "model")
             save_file(_moments(model, optimizer), directory / "optimizer.safetensors")
             (directory / "state.json").write_text(json.dumps(asdict(state)))
-            publish_directory(directory, self._storage, self._key(state.step))
-        for step in self.steps()[: -1 - self._keep]:
-            self._storage.delete(self._key(step))
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise StorageError(
+                f"checkpoint of step {state.step}: {directory} cannot be written ({error}); free some space there, or "
+                "set TMPDIR to another disk"
+            ) from error
+        scores = {int(step): score for step, score in state.validation}
+        self._upload = self._uploader.submit(self._store, directory, state.step, scores)
+
+    def wait(self) -> None:
+        """Returns when the checkpoint saved last is stored; raises what its upload failed with, once."""
+        upload, self._upload = self._upload, None
+        if upload is not None:
+            upload.result()
 
     def steps(self) -> list[int]:
         """Steps that have a manifest, ascending."""
-        pattern = re.compile(rf"{re.escape(self._prefix)}/step-(\d+)/{re.escape(MANIFEST)}")
-        found = (pattern.fullmatch(item.key) for item in self._storage.list(f"{self._prefix}/step-"))
-        return sorted(int(match[1]) for match in found if match)
+        return sorted(step for step, names in self._stored().items() if MANIFEST in names)
 
     def fetch(self, step: int | None = None) -> "Fetched | None":
         """The newest checkpoint that is whole (or exactly `step`), copied to a local directory; None if there is none.
 
         Raises:
             CorruptArtifact: `step` was given and does not match its manifest.
+            ConfigError: it was made by a training of another config.
         """
+        self.wait()
         for candidate in [step] if step is not None else reversed(self.steps()):
             directory = Path(tempfile.mkdtemp(prefix="raystill-resume-"))
             try:
+                self._check_config(candidate)
                 fetch_directory(self._storage, self._key(candidate), directory)
                 state = TrainState(**json.loads((directory / "state.json").read_text()))
                 return Fetched(directory, state)
@@ -98,7 +136,45 @@ class Checkpoints:
                 if step is not None:
                     raise
                 logger.warning("checkpoint of step %d is skipped: %s", candidate, error)
+            except BaseException:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
         return None
+
+    def _store(self, directory: Path, step: int, scores: dict[int, float]) -> None:
+        try:
+            facts = {"config": self._config, "config_fingerprint": fingerprint(self._config)}
+            publish_directory(directory, self._storage, self._key(step), **facts)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+        stored = self._stored()
+        whole = sorted(step for step, names in stored.items() if MANIFEST in names)
+        scored = [step for step in whole if step in scores]
+        best = min(scored, key=lambda step: (scores[step], step), default=None)
+        for other in sorted(stored):
+            if other < step and other != best and other not in whole[-1 - self._keep :]:
+                delete_directory(self._storage, self._key(other))
+
+    def _check_config(self, step: int) -> None:
+        manifest = read_manifest(self._storage, self._key(step))
+        if self._config is None or manifest is None:
+            return
+        found, wanted = manifest.get("config_fingerprint"), fingerprint(self._config)
+        if found != wanted:
+            differing = _differences(manifest.get("config"), json.loads(json.dumps(self._config)))
+            raise ConfigError(
+                f"checkpoint of step {step} in {self._storage.uri}/{self._prefix} was made with config {found}, this "
+                f"training has {wanted} ({differing}): use that config again, or another storage"
+            )
+
+    def _stored(self) -> dict[int, set[str]]:
+        """The files of every checkpoint, whole or not, by step."""
+        pattern = re.compile(rf"{re.escape(self._prefix)}/step-(\d+)/(.+)")
+        stored: dict[int, set[str]] = {}
+        for item in self._storage.list(f"{self._prefix}/step-"):
+            if match := pattern.fullmatch(item.key):
+                stored.setdefault(int(match[1]), set()).add(match[2])
+        return stored
 
     def _key(self, step: int) -> str:
         return f"{self._prefix}/step-{step:08d}"
@@ -137,3 +213,12 @@ def _moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Te
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _differences(found: Any, wanted: Any, at: str = "") -> str:
+    """The values in which two configs differ, as `key: found, now wanted`."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        names = sorted({*found, *wanted})
+        parts = [_differences(found.get(name), wanted.get(name), f"{at}.{name}".lstrip(".")) for name in names]
+        return "; ".join(part for part in parts if part)
+    return "" if found == wanted else f"{at or 'config'}: {json.dumps(found)}, now {json.dumps(wanted)}"

@@ -1,7 +1,7 @@
 """The training loop that runs on every Ray Train worker: batch, signal, loss, step.
 
-Read `train` first. What it leans on: `data` deals out rows, `prefetch` asks the teacher ahead, `losses` is the maths,
-`workers` adds up over ranks, `checkpoint` makes stopping harmless.
+Read `train` and `_train` first. What they lean on: `data` deals out rows, `prefetch` asks the teacher ahead, `losses`
+is the maths, `workers` adds up over ranks, `checkpoint` makes stopping harmless.
 """
 
 import logging
@@ -17,7 +17,7 @@ from cluster.language_model import OutputHead, choose_dtype, load_causal_lm, spl
 from cluster.logs import setup_logging
 from cluster.pretrained import load_tokenizer
 from cluster.published import publish_directory
-from cluster.storage import open_storage
+from cluster.storage import Storage, open_storage
 from jobs.config import TrainConfig
 from jobs.labels.teacher import StoredTeacher
 from jobs.scoring import TextScore, score_text, scored_hidden_states
@@ -40,14 +40,27 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, report: Report) -> dict[str, Any]:
-    """Trains to the last step, from the newest checkpoint if there is one.
+    """Trains to the last step, from the newest checkpoint if there is one; the last one is stored when this returns.
 
     Returns:
         `{"status": "done" | "non_finite", "message": str, **TrainState}`, the same on every worker.
     """
-    config, storage = plan.train, open_storage(plan.storage)
+    storage, keep = open_storage(plan.storage), plan.train.keep_checkpoints
     store = ExampleStore(storage, plan.store, "train")
-    checkpoints = Checkpoints(storage, f"{plan.prefix}/checkpoints", config.keep_checkpoints)
+    with Checkpoints(storage, f"{plan.prefix}/checkpoints", keep, plan.decides(store.fingerprint)) as checkpoints:
+        return _train(plan, workers, teacher, report, storage, store, checkpoints)
+
+
+def _train(
+    plan: TrainPlan,
+    workers: Workers,
+    teacher: TeacherAnswers | None,
+    report: Report,
+    storage: Storage,
+    store: ExampleStore,
+    checkpoints: Checkpoints,
+) -> dict[str, Any]:
+    config = plan.train
     model, optimizer, state = _restore(plan, workers, checkpoints)
     body, student_head = split(model)
     batches = GlobalBatches(store, config.global_batch, config.seed)
@@ -117,6 +130,7 @@ def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, rep
                 checkpoints.save(model, optimizer, state)
     signals.close()
     if workers.leads:
+        checkpoints.wait()
         _publish(plan, model)
     workers.agree_on(0)
     return {"status": "done", "message": "", **vars(state)}

@@ -1,5 +1,7 @@
 """What the driver tells every train worker. Plain data; imports neither torch nor ray."""
 
+from typing import Any
+
 from cluster.config import Config
 from jobs.config import DistillConfig, StudentConfig, TrainConfig
 from services.teacher.signals import SignalSpec
@@ -53,3 +55,12 @@ class TrainPlan(Config):
     train: TrainConfig
     threads: int
     """Per worker."""
+
+    def decides(self, store_fingerprint: str) -> dict[str, Any]:
+        """What decides the trained weights, as JSON values; where and how fast is left out, so that a run can move."""
+        return {
+            "train": self.train.identity(),
+            "student": self.student.identity(),
+            "distill": self.distill.identity() if self.teacher is not None else None,
+            "store": store_fingerprint,
+        }

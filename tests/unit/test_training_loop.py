@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.storage import open_storage
+from cluster.errors import StorageError
+from cluster.storage import LocalStorage, open_storage
 from jobs.config import DataConfig, DistillConfig, StudentConfig, TrainConfig
 from jobs.corpus import find_sources
 from jobs.prepare import prepare
@@ -145,10 +146,49 @@ def test_loop_torn_checkpoint_is_skipped_for_the_one_before(prepared, teacher, c
 
 
 def test_loop_checkpoints_are_kept_as_asked(prepared, teacher):
-    this = plan(prepared, "kept", checkpoint_every=1, keep_checkpoints=2)
-    run(this, teacher)
+    this = plan(prepared, "kept", checkpoint_every=1, validate_every=1, keep_checkpoints=2)
+    outcome, _ = run(this, teacher)
+    best = int(min(outcome["validation"], key=lambda pair: pair[1])[0])
     checkpoints = Checkpoints(open_storage(this.storage), f"{this.prefix}/checkpoints", 2)
-    assert checkpoints.steps() == [STEPS - 2, STEPS - 1, STEPS]
+    assert checkpoints.steps() == sorted({best, STEPS - 2, STEPS - 1, STEPS})
+
+
+def test_loop_dropout_repeats_after_a_resume(prepared):
+    options = {"distil": False, "student": {"shape": {"num_hidden_layers": 1, "attention_dropout": 0.5}}}
+    whole, _ = run(plan(prepared, "dropout", **options))
+    broken = plan(prepared, "dropout-broken", **options)
+
+    def stop(step, values):
+        if step == 5:
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        train(broken, ALONE, None, stop)
+    resumed, metrics = run(broken)
+    assert [item["step"] for item in metrics] == [5, 6]
+    assert resumed["losses"] == whole["losses"]
+    still, _ = run(plan(prepared, "no-dropout", distil=False, student={"shape": {"num_hidden_layers": 1}}))
+    assert still["losses"] != whole["losses"]
+
+
+def test_loop_model_is_not_published_when_its_last_checkpoint_is_lost(prepared, teacher, monkeypatch):
+    this = plan(prepared, "lost")
+    upload = LocalStorage.upload
+
+    def failing(self, path, key):
+        if f"step-{STEPS:08d}" in key:
+            raise StorageError("the server is gone")
+        upload(self, path, key)
+
+    monkeypatch.setattr(LocalStorage, "upload", failing)
+    with pytest.raises(StorageError, match="the server is gone"):
+        run(this, teacher)
+    storage = open_storage(this.storage)
+    assert not storage.exists(f"{this.prefix}/model/manifest.json")
+    monkeypatch.undo()
+    _, metrics = run(this, teacher)
+    assert [item["step"] for item in metrics] == [5, 6]
+    assert storage.exists(f"{this.prefix}/model/manifest.json")
 
 
 def test_loop_without_a_teacher_trains_on_the_text(prepared):
