@@ -46,9 +46,31 @@ def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
 
 
 @app.command()
-def label(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def label(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many teacher tokens and bytes it takes; start nothing.")
+    ] = False,
+) -> None:
     """Store what the teacher says about every training row, so that `train` needs no teacher (distill.labels=read)."""
-    _stages(config, [*(overrides or []), "distill.labels=read"], as_json, ("teacher", "label"))
+    if not dry_run:
+        _stages(config, [*(overrides or []), "distill.labels=read"], as_json, ("teacher", "label"))
+        return
+
+    def work() -> None:
+        from jobs.labels.estimate import cost_line
+        from jobs.run import estimate_labels_of
+
+        found = estimate_labels_of(_load(config, overrides))
+        if as_json:
+            typer.echo(json.dumps(found, sort_keys=True))
+            return
+        typer.echo(found["reason"])
+        typer.echo(f"{cost_line(found['missing'], found)}; {found['rows'] - found['missing']:,} rows have one already")
+
+    _guard(work, as_json)
 
 
 @app.command()

@@ -304,7 +304,8 @@ class RunConfig(Config):
     @property
     def label_root(self) -> str:
         """Root URI of label stores."""
-        return self.distill.label_store or f"{self.storage.rstrip('/')}/labels"
+        root = self.distill.label_store or f"{self.storage.rstrip('/')}/labels"
+        return root if "://" in root else Path(root).expanduser().absolute().as_uri()
 
     @property
     def state_directory(self) -> Path:

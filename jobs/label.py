@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cluster.storage import Storage, open_storage
+from jobs.labels.estimate import cost, cost_line
 from jobs.labels.store import Label, LabelStore, labels_of
 from jobs.labels.teacher import store_teacher
 from jobs.progress import Bar
@@ -51,7 +52,7 @@ def label_store(
     wanting = [shard for shard in examples.shards if len(labels.missing(shard["number"]))]
     missing = sum(len(labels.missing(shard["number"])) for shard in wanting)
     width = access.signal.bytes_per_position(description.hidden_size)
-    bar.say(estimate(examples, missing, access.signal.kind, width))
+    bar.say(cost_line(missing, cost(examples, missing, width)))
     bar.start(missing)
     done = dict.fromkeys(range(len(wanting)), 0)
     started = time.monotonic()
@@ -114,13 +115,6 @@ def label_shard(
     finally:
         client.close()
     return counts
-
-
-def estimate(examples: ExampleStore, rows: int, kind: str, width: int) -> str:
-    """What labelling so many rows takes, `width` bytes for each position, as a line for people."""
-    share = rows / max(1, len(examples))
-    tokens = share * examples.manifest["tokens"]["train"]
-    return f"{rows:,} rows: {tokens:,.0f} teacher tokens, at most {tokens * width / 1e6:,.1f} MB of {kind}"
 
 
 def _batches(examples: ExampleStore, shard: int, rows: np.ndarray, rows_at_once: int) -> Iterator[MicroBatch]:

@@ -74,6 +74,31 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
     return ledger.summary()
 
 
+def estimate_labels_of(config: RunConfig) -> dict[str, Any]:
+    """What `raystill label` would take (`jobs.labels.estimate`).
+
+    Raises:
+        ConfigError: the config has no teacher, or its example store or teacher is not there yet.
+    """
+    from jobs.labels.estimate import estimate_labels
+
+    this = Run(config, open_storage(config.storage))
+    ledger = Ledger(this.storage, config.name)
+    if not config.distils:
+        raise ConfigError("label: this config asks no teacher; set teacher and distill.alpha below 1")
+    assert config.teacher is not None
+    prepare, teacher = ALL_STAGES[:2]
+    if not _take_if_done(this, ledger, prepare):
+        raise ConfigError(f"label: no corpus is prepared for this config in {this.storage.uri}: run `raystill prepare`")
+    if _take_if_done(this, ledger, teacher):
+        model = this.teacher_model
+    else:
+        model = config.teacher.model if config.teacher.gguf_file is None else None
+    if model is None:
+        raise ConfigError(f"label: the teacher is not made yet in {this.storage.uri}; `raystill label` makes it first")
+    return estimate_labels(config, this.storage, this.store_prefix, model)
+
+
 def _take_if_done(this: Run, ledger: Ledger, stage: Stage) -> bool:
     """Whether the stage is done for this config, and what it made is still there; its output is taken over then."""
     key = stage.key(this)

@@ -32,7 +32,7 @@ ANSWERS_AHEAD = 2
 """Steps of a turn that do not count where a teacher works ahead: their answers were computed in others' turns."""
 
 
-def make_inputs(directory: Path, vocab_size: int) -> None:
+def make_inputs(directory: Path, vocab_size: int, documents: int = 1000) -> None:
     """Teacher, student and an example store below a directory. Ids come from a small tokenizer: for the time a step
     takes it does not matter which ids they are."""
     from cluster.storage import open_storage
@@ -44,7 +44,7 @@ def make_inputs(directory: Path, vocab_size: int) -> None:
     for name, shape in (("teacher", TEACHER), ("student", STUDENT)):
         heads = {"num_key_value_heads": shape["num_attention_heads"], "max_position_embeddings": LENGTH}
         tiny.save_model(directory / name, vocab_size=vocab_size, **shape, **heads)
-    config = DataConfig(sources=[str(tiny.corpus(directory / "in", 1000))], sequence_length=LENGTH)
+    config = DataConfig(sources=[str(tiny.corpus(directory / "in", documents))], sequence_length=LENGTH)
     storage = open_storage(str(directory))
     prepare(find_sources(config.sources), config, str(directory / "teacher"), BATCH, storage, "store", NoBar())
 

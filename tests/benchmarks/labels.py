@@ -41,7 +41,7 @@ def main() -> None:
     options = arguments(__doc__ or "")
     with tempfile.TemporaryDirectory(prefix="raystill-bench-") as name:
         directory = Path(name)
-        end_to_end.make_inputs(directory, VOCABULARY)
+        end_to_end.make_inputs(directory, VOCABULARY, documents=300)
         roots = {"second epoch": f"{name}/labels", "local labels": f"{name}/labels"}
         values = {"directory": name, "uncounted": 1, **roots}
         sides = [Side("tests.benchmarks.labels", "second epoch", values, OUR_SETTINGS)]

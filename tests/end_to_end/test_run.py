@@ -149,6 +149,25 @@ def test_demo_is_recorded_in_mlflow(demo):
     assert not [name for name in manifest["files"] if name.endswith((".bin", ".pt", ".pkl"))]
 
 
+def test_demo_labels_its_store_and_keeps_what_is_done(demo):
+    directory, overrides, first = demo
+    rows = last_json(first.stdout)["stages"]["prepare"]["rows"]["train"]
+
+    def estimate():
+        found = raystill("label", CONFIGS / "demo.yaml", *overrides, "--dry-run", "--json", cwd=directory, timeout=60)
+        assert found.returncode == 0, found.stderr
+        return last_json(found.stdout)
+
+    assert (estimate()["rows"], estimate()["missing"]) == (rows, rows)
+    done = raystill("label", CONFIGS / "demo.yaml", *overrides, "--json", cwd=directory, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stages = last_json(done.stdout)["stages"]
+    assert (stages["label"]["labelled"], stages["label"]["rows"]) == (rows, rows)
+    assert {name: stage for name, stage in stages.items() if name != "label"} == last_json(first.stdout)["stages"]
+    assert estimate()["missing"] == 0
+    (directory / "runs/demo/stages/label.json").unlink()  # the other tests compare summaries
+
+
 def test_demo_serve_answers_the_openai_client_until_interrupted(demo):
     directory, overrides, _ = demo
     port = free_port()
