@@ -63,7 +63,7 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
         for stage in pending:
             if _take_if_done(this, ledger, stage):
                 continue
-            if stage.needs_cluster and this.connection is None:
+            if this.connection is None and stage.needs_cluster(this):
                 this.connection = stack.enter_context(connect(config.cluster))
                 check_cluster(config, this.connection)
                 if answers:  # Serve has one address, fixed when it starts: before the teachers, which need none

@@ -21,8 +21,8 @@ import pytest
 import yaml
 
 from cluster.errors import ConfigError, CorpusError, ModelError, PlacementError, StorageError
-from jobs.config import RunConfig
-from jobs.corpus import find_sources, read_texts
+from jobs.config import DataConfig, RunConfig
+from jobs.corpus import find_sources, read_documents
 from jobs.preflight import check_config, check_cpus, check_gpus
 from tests import tiny
 
@@ -371,7 +371,9 @@ def test_checks_name_the_alternatives_in_one_line(tmp_path):
 
 
 def texts_of(path):
-    return [text for source in find_sources([str(path)]) for text in read_texts(source, "text")]
+    config = DataConfig(sources=["x"])
+    sources = find_sources([str(path)])
+    return [text for source in sources for batch in read_documents(source, config) for text in batch.documents]
 
 
 def test_corpus_file_name_with_spaces_and_signs_is_found(tmp_path):
