@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from cluster.errors import CorpusError, RaystillError
 from cluster.storage import LocalStorage, ObjectInfo, Storage, open_storage, split_uri
 from jobs.config import DataConfig
-from jobs.preparing.documents import Document, columns_of, document_of, option_of
+from jobs.preparing.documents import Document, columns_of, document_reader, option_of
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 _BATCH_DOCUMENTS = 1024
@@ -118,7 +118,7 @@ def read_documents(source: Source, config: DataConfig) -> Iterator[Batch]:
     read = _parquet if key.endswith(".parquet") else _txt if key.endswith(".txt") else _jsonl
     try:
         with source.storage.open(key) as raw:
-            yield from _batches(source, read(source, raw, config))
+            yield from _batches(source, *read(source, raw, config))
     except FileNotFoundError:
         raise CorpusError(f"source {source.uri}: it is gone; run prepare again") from None
     except (EOFError, OSError, pyarrow.ArrowException) as error:
@@ -134,50 +134,63 @@ def check_unchanged(source: Source) -> None:
         raise CorpusError(f"source {source.uri}: it changed while it was read; run prepare again")
 
 
-def _batches(source: Source, pairs: Iterator[tuple[Document | None, Callable[[], int]]]) -> Iterator[Batch]:
-    """Batches of (document, how to ask for the position), bounded in documents and in characters."""
-    documents: list[Document] = []
+_Documents = tuple[Iterator[Document | None], Callable[[], int]]
+"""The documents of an object, and a function that says how many of its bytes are read."""
+
+
+def _batches(source: Source, documents: Iterator[Document | None], position: Callable[[], int]) -> Iterator[Batch]:
+    """Batches that are bounded in documents and in characters."""
+    batch: list[Document] = []
     characters = 0
-    for document, position in pairs:
+    for document in documents:
         if document is None:
             continue
-        documents.append(document)
+        batch.append(document)
         characters += len(document) if isinstance(document, str) else sum(map(_length, document))
-        if len(documents) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield Batch(documents, position())
-            documents, characters = [], 0
-    if documents:
-        yield Batch(documents, source.info.size_bytes)
+        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield Batch(batch, position())
+            batch, characters = [], 0
+    if batch:
+        yield Batch(batch, source.info.size_bytes)
 
 
 def _length(part: Any) -> int:
     return len(part) if isinstance(part, str) else len(part["content"])
 
 
-def _jsonl(source: Source, raw: IO[bytes], config: DataConfig) -> Iterator[tuple[Document | None, Callable[[], int]]]:
+def _jsonl(source: Source, raw: IO[bytes], config: DataConfig) -> _Documents:
     compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(source.info.key).suffix)
     stream = cast(IO[bytes], pyarrow.CompressedInputStream(raw, compression)) if compression else raw
     text = io.TextIOWrapper(stream, encoding="utf-8-sig")
-    with _named_place(source, raw, is_plain=compression is None):
-        for number, line in enumerate(text, 1):
-            if line.isspace():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError too
-                raise CorpusError(
-                    f"source {source.uri}: line {number} is not JSON ({error}); the file may be cut off"
-                ) from error
-            yield document_of(record, config, f"source {source.uri}: line {number}"), raw.tell
+    decode, document_of, line_of = json.JSONDecoder().decode, document_reader(config), f"source {source.uri}: line"
+
+    def documents() -> Iterator[Document | None]:
+        with _named_place(source, raw, is_plain=compression is None):
+            for number, line in enumerate(text, 1):
+                if line.isspace():
+                    continue
+                try:
+                    record = decode(line)
+                except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError too
+                    raise CorpusError(f"{line_of} {number} is not JSON ({error}); the file may be cut off") from error
+                try:
+                    yield document_of(record)
+                except CorpusError as error:
+                    raise CorpusError(f"{line_of} {number} {error}") from None
+
+    return documents(), raw.tell
 
 
-def _txt(source: Source, raw: IO[bytes], config: DataConfig) -> Iterator[tuple[Document | None, Callable[[], int]]]:
+def _txt(source: Source, raw: IO[bytes], config: DataConfig) -> _Documents:
     text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-    with _named_place(source, raw, is_plain=True):
-        while stretch := text.read(_TXT_CHARACTERS):
-            stretch += text.readline(_TXT_CHARACTERS)
-            if stretch.strip():
-                yield stretch, raw.tell
+
+    def documents() -> Iterator[Document | None]:
+        with _named_place(source, raw, is_plain=True):
+            while stretch := text.read(_TXT_CHARACTERS):
+                stretch += text.readline(_TXT_CHARACTERS)
+                yield stretch if stretch.strip() else None
+
+    return documents(), raw.tell
 
 
 @contextlib.contextmanager
@@ -190,7 +203,7 @@ def _named_place(source: Source, raw: IO[bytes], is_plain: bool) -> Iterator[Non
         raise CorpusError(f"source {source.uri}: not UTF-8{place}; convert it or leave it out") from error
 
 
-def _parquet(source: Source, raw: IO[bytes], config: DataConfig) -> Iterator[tuple[Document | None, Callable[[], int]]]:
+def _parquet(source: Source, raw: IO[bytes], config: DataConfig) -> _Documents:
     file = pq.ParquetFile(raw, page_checksum_verification=True)
     names = columns_of(config)
     for name in names:
@@ -206,15 +219,18 @@ def _parquet(source: Source, raw: IO[bytes], config: DataConfig) -> Iterator[tup
             raise CorpusError(
                 f"source {source.uri}: column {name!r} holds {kind}, not text; set data.{option_of(config, name)}"
             )
-    done = 0
+    document_of, done = document_reader(config), 0
 
-    def position() -> int:
-        return source.info.size_bytes * done // file.metadata.num_rows
+    def documents() -> Iterator[Document | None]:
+        nonlocal done
+        for batch in file.iter_batches(batch_size=_BATCH_DOCUMENTS, columns=names):
+            for record in batch.to_pylist():
+                done += 1
+                if any(value is None for value in record.values()):
+                    continue
+                try:
+                    yield document_of(record)
+                except CorpusError as error:
+                    raise CorpusError(f"source {source.uri}: row {done} {error}") from None
 
-    for batch in file.iter_batches(batch_size=_BATCH_DOCUMENTS, columns=names):
-        for record in batch.to_pylist():
-            done += 1
-            document = None
-            if all(value is not None for value in record.values()):
-                document = document_of(record, config, f"source {source.uri}: row {done}")
-            yield document, position
+    return documents(), lambda: source.info.size_bytes * done // file.metadata.num_rows

@@ -6,6 +6,7 @@ whether it is a duplicate and whether it is held out, and nothing else does.
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from cluster.errors import CorpusError
@@ -31,27 +32,35 @@ def option_of(config: DataConfig, column: str) -> str:
     return f"{'text' if config.format == 'text' else 'messages'}_column"
 
 
-def document_of(record: Any, config: DataConfig, place: str) -> Document | None:
-    """The document in a record, or None if it holds nothing to learn from.
+def document_reader(config: DataConfig) -> Callable[[Any], Document | None]:
+    """A function that takes the document from a record; None if that holds nothing to learn from.
 
-    Args:
-        place: how to name the record in a message.
-
-    Raises:
-        CorpusError: the record has no such keys, or something else under them.
+    It raises `CorpusError` for a record without such keys, or with something else under them; the message goes on
+    where the record is named.
     """
     names = columns_of(config)
-    values: list[Any] = [record.get(name) if isinstance(record, dict) else None for name in names]
-    if config.format == "messages":
-        return _messages(record, values[0], config, place)
-    for name, value in zip(names, values, strict=True):
-        if not isinstance(value, str):
-            option = option_of(config, name)
-            raise CorpusError(f"{place} has no text in {name!r} (found: {_found(record)}); set data.{option}")
-        _check_whole(value, place)
-    if not values[-1].strip():
-        return None
-    return values[0] if config.format == "text" else (values[0], values[1])
+
+    def texts(record: Any) -> list[str]:
+        values: list[Any] = [record.get(name) if isinstance(record, dict) else None for name in names]
+        for name, value in zip(names, values, strict=True):
+            if not isinstance(value, str):
+                option = option_of(config, name)
+                raise CorpusError(f"has no text in {name!r} (found: {_found(record)}); set data.{option}")
+            _check_whole(value)
+        return values
+
+    def text(record: Any) -> Document | None:
+        value = texts(record)[0]
+        return None if not value or value.isspace() else value
+
+    def pair(record: Any) -> Document | None:
+        prompt, completion = texts(record)
+        return (prompt, completion) if completion.strip() else None
+
+    def messages(record: Any) -> Document | None:
+        return _messages(record, config.messages_column)
+
+    return {"text": text, "prompt_completion": pair, "messages": messages}[config.format]
 
 
 def content(document: Document) -> bytes:
@@ -77,18 +86,19 @@ def texts_of(document: Document) -> list[str]:
     return [part if isinstance(part, str) else part["content"] for part in document]
 
 
-def _messages(record: Any, value: Any, config: DataConfig, place: str) -> Document | None:
+def _messages(record: Any, column: str) -> Document | None:
+    value: Any = record.get(column) if isinstance(record, dict) else None
     fits = isinstance(value, list) and all(
         isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
         for item in value
     )
     if not fits:
         raise CorpusError(
-            f"{place} has no list of messages, each with the texts role and content, in {config.messages_column!r} "
+            f"has no list of messages, each with the texts role and content, in {column!r} "
             f"(found: {_found(record)}); set data.messages_column"
         )
     for item in value:
-        _check_whole(item["content"], place)
+        _check_whole(item["content"])
     if not any(item["role"] == "assistant" and item["content"].strip() for item in value):
         return None
     return value
@@ -98,11 +108,11 @@ def _found(record: Any) -> str:
     return ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
 
 
-def _check_whole(text: str, place: str) -> None:
+def _check_whole(text: str) -> None:
     """Half of a surrogate pair can be written in JSON, and is no character."""
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise CorpusError(
-            f"{place} has half a character (\\u{ord(text[error.start]):x} alone); repair or remove it"
-        ) from None
+        raise CorpusError(f"has half a character (\\u{ord(text[error.start]):x} alone); repair or remove it") from None

@@ -16,7 +16,7 @@ from cluster.pretrained import load_tokenizer
 from cluster.storage import open_storage
 from jobs.config import DataConfig
 from jobs.prepare import CHAT_TEMPLATE, SPECIAL_TOKENS
-from jobs.preparing.documents import content, document_hash, document_of
+from jobs.preparing.documents import content, document_hash, document_reader
 from jobs.preparing.duplicates import find_duplicates, write_hashes
 from jobs.preparing.encoding import Encoder, Example, bytes_per_token, encoding_fingerprint
 from jobs.preparing.rows import ROW_GROUP, RowWriter
@@ -131,12 +131,10 @@ def test_prompt_is_context_and_the_completion_is_learnt(make):
 
 def test_prompt_without_an_answer_is_left_out_and_a_missing_one_is_refused():
     asked = config(format="prompt_completion")
-    assert document_of({"prompt": "a", "completion": " "}, asked, "here") is None
-    assert document_of({"prompt": "", "completion": "b"}, asked, "here") == ("", "b")
-    with pytest.raises(
-        CorpusError, match=r"here has no text in 'completion' \(found: prompt\); set data.completion_column"
-    ):
-        document_of({"prompt": "a"}, asked, "here")
+    assert document_reader(asked)({"prompt": "a", "completion": " "}) is None
+    assert document_reader(asked)({"prompt": "", "completion": "b"}) == ("", "b")
+    with pytest.raises(CorpusError, match=r"has no text in 'completion' \(found: prompt\); set data.completion_column"):
+        document_reader(asked)({"prompt": "a"})
 
 
 # --- chats ------------------------------------------------------------------------------------------------------------
@@ -200,10 +198,10 @@ def test_chat_needs_a_template_and_messages():
     with pytest.raises(ModelError, match="no chat template"):
         Encoder(chat_tokenizer(None), config(format="messages"))
     asked = config(format="messages")
-    assert document_of({"messages": CHAT[:2]}, asked, "here") is None
+    assert document_reader(asked)({"messages": CHAT[:2]}) is None
     for wrong in ("text", [{"role": "user"}], ["a"], None):
-        with pytest.raises(CorpusError, match="here has no list of messages"):
-            document_of({"messages": wrong}, asked, "here")
+        with pytest.raises(CorpusError, match="has no list of messages"):
+            document_reader(asked)({"messages": wrong})
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
