@@ -332,6 +332,15 @@ class RunConfig(Config):
         return self.teacher is not None and self.distill.alpha < 1
 
     @property
+    def tokenizer_source(self) -> tuple[str, str | None]:
+        """The model whose tokenizer is taken, and its GGUF file; only where none is trained."""
+        if self.teacher is not None and self.teacher.model is not None:
+            return self.teacher.model, self.teacher.gguf_file
+        named = self.student.tokenizer or self.student.model
+        assert named is not None, "the config checks that a tokenizer is named"
+        return named, None
+
+    @property
     def model_name(self) -> str:
         return self.registry.model_name or f"{self.name}-student"[:63]
 

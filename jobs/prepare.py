@@ -66,11 +66,20 @@ def train_tokenizer(sources: list[Source], config: DataConfig, storage: Storage,
     uri = f"{storage.uri}/{prefix}"
     if read_manifest(storage, prefix) is not None:
         return uri
+    bar.start(None, "training the tokenizer")
+    tokenizer = tokenizer_of(_texts(sources, config), config)
+    with TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        publish_directory(Path(directory), storage, prefix)
+    return uri
+
+
+def tokenizer_of(texts: Iterator[str], config: DataConfig) -> Any:
+    """A byte-level BPE tokenizer trained on texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     assert config.train_tokenizer is not None
-    bar.start(None, "training the tokenizer")
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -80,14 +89,11 @@ def train_tokenizer(sources: list[Source], config: DataConfig, storage: Storage,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(_texts(sources, config), trainer)
+    core.train_from_iterator(texts, trainer)
     end = SPECIAL_TOKENS[0]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end)
     tokenizer.chat_template = CHAT_TEMPLATE
-    with TemporaryDirectory() as directory:
-        tokenizer.save_pretrained(directory)
-        publish_directory(Path(directory), storage, prefix)
-    return uri
+    return tokenizer
 
 
 def _texts(sources: list[Source], config: DataConfig) -> Iterator[str]:

@@ -111,15 +111,7 @@ def _tokenizer_identity(config: RunConfig) -> Any:
     """What decides the tokenizer: how it is trained, or what the one that is taken does."""
     if config.data.train_tokenizer is not None:
         return config.data.train_tokenizer.identity()
-    return encoding_fingerprint(load_tokenizer(*_tokenizer_source(config)))
-
-
-def _tokenizer_source(config: RunConfig) -> tuple[str, str | None]:
-    named = config.student.tokenizer or config.student.model
-    if config.teacher is not None and config.teacher.model is not None:
-        return config.teacher.model, config.teacher.gguf_file
-    assert named is not None, "the config checks that a tokenizer is named"
-    return named, None
+    return encoding_fingerprint(load_tokenizer(*config.tokenizer_source))
 
 
 def _prepare(run: Run, bar: Bar) -> Output:
@@ -176,7 +168,7 @@ def _tokenizer(run: Run, sources: list[Source], prefix: str, bar: Bar) -> str:
         return train_tokenizer(sources, run.config.data, run.storage, prefix, bar)
     if read_manifest(run.storage, prefix) is None:
         with TemporaryDirectory(prefix="raystill-tokenizer-") as name:
-            load_tokenizer(*_tokenizer_source(run.config)).save_pretrained(name)
+            load_tokenizer(*run.config.tokenizer_source).save_pretrained(name)
             publish_directory(Path(name), run.storage, prefix)
     return f"{run.storage.uri}/{prefix}"
 
