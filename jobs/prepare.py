@@ -131,7 +131,7 @@ def prepare(
         manifest, kept = _prepare(target, sources, smallest, storage, bar, at_once)
     except UserError:
         if was_empty:
-            storage.delete(prefix)
+            storage.delete(f"{prefix}/")
         raise
     storage.write_json(f"{prefix}/{MANIFEST}", manifest)
     for item in storage.list(f"{prefix}/"):

@@ -134,7 +134,7 @@ def _prepare(run: Run, bar: Bar) -> Output:
         )
     except UserError:
         if not made_before:
-            storage.delete(f"tokenizer/{made_with}")
+            storage.delete(f"tokenizer/{made_with}/")
         raise
     return {
         "store": f"store/{made_with}",

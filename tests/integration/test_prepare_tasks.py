@@ -154,3 +154,52 @@ def test_prepare_killed_with_its_ray_goes_on_with_what_is_finished(tmp_path, lar
     assert 1 <= len(records) < 4
     assert records.items() <= after.items()
     assert manifest == build(tmp_path / "whole", large, 0)
+
+
+def test_prepare_command_starts_its_own_ray_for_a_corpus_that_is_not_small(tmp_path, inputs):
+    config = {
+        "name": "mine",
+        "data": {"sources": [str(inputs[0])], "sequence_length": 32, "validation_fraction": 0.2},
+        "student": {"shape": {"model_type": "llama"}, "tokenizer": inputs[1]},
+        "distill": {"alpha": 1},
+        "train": {"steps": 1, "global_batch": 1},
+    }
+    code = (
+        "import sys\n"
+        "import jobs.prepare as module\n"
+        "from jobs.__main__ import main\n"
+        "module.SMALL_BYTES = 1000\n"
+        "run_tasks = module.run_tasks\n"
+        "def said(function, calls, at_once, *others):\n"
+        "    print('tasks', at_once, function.__name__, file=sys.stderr)\n"
+        "    return run_tasks(function, calls, at_once, *others)\n"
+        "module.run_tasks = said\n"
+        "main()\n"
+    )
+    (tmp_path / "mine.yaml").write_text(json.dumps(config))
+
+    def command(*arguments):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        whole = [sys.executable, "-c", code, "prepare", "mine.yaml", "--json", *arguments]
+        return subprocess.run(whole, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+
+    done = command()
+    assert done.returncode == 0, done.stderr
+    cores = len(os.sched_getaffinity(0))
+    assert f"tasks {cores} scan_objects" in done.stderr
+    assert f"tasks {cores} tokenise_objects" in done.stderr
+    first = json.loads(done.stdout.splitlines()[-1])["stages"]["prepare"]
+    (inputs[0] / "added.jsonl").write_text(
+        "".join(json.dumps({"text": f"new {number}"}) + "\n" for number in range(20))
+    )
+    try:
+        again = command()
+        assert again.returncode == 0, again.stderr
+        assert "7 of 8 objects are done already" in again.stderr
+        second = json.loads(again.stdout.splitlines()[-1])["stages"]["prepare"]
+        assert (second["store"], second["documents"]) == (first["store"], first["documents"] + 20)
+        assert second["fingerprint"] != first["fingerprint"]
+        other = command("data.sequence_length=48")
+        assert json.loads(other.stdout.splitlines()[-1])["stages"]["prepare"]["store"] != first["store"]
+    finally:
+        (inputs[0] / "added.jsonl").unlink()

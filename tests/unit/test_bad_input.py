@@ -152,6 +152,26 @@ CASES = {
     "corpus_of_one_long_text": Case(
         ["no document of 1 was held out", "a .txt file is one"], ["data.sources=[in/long.txt]"], "CorpusError"
     ),
+    "corpus_of_txt_where_chats_are_asked_for": Case(
+        ["in/long.txt", "a .txt holds plain text", "data.format=messages needs .jsonl or .parquet"],
+        ["data.sources=[in/long.txt]", "data.format=messages"],
+        "CorpusError",
+    ),
+    "corpus_without_messages": Case(
+        ["corpus.jsonl: line 1", "no list of messages", "'messages' (found: text)", "set data.messages_column"],
+        ["data.format=messages"],
+        "CorpusError",
+    ),
+    "columns_of_another_format": Case(
+        ["data: prompt_column=q is read only with format=prompt_completion", "found format=text", "change one"],
+        ["data.prompt_column=q"],
+    ),
+    "dry_run_of_a_broken_corpus": Case(
+        ["in/cut_jsonl/cut.jsonl", "line 40 is not JSON"],
+        ["data.sources=[in/cut_jsonl]", "--dry-run"],
+        "CorpusError",
+        command="prepare",
+    ),
     "corpus_without_a_name": Case(["empty name"], ['data.sources=[""]'], "CorpusError"),
     "package_of_no_name": Case(
         ["package://..", "not installed"], ["student.model=package://..", *NO_SHAPE], "ModelError"

@@ -315,3 +315,15 @@ def test_prepare_from_and_to_object_storage_gives_the_same_store(tmp_path, corpu
         == (build(tmp_path / "root", corpus, tokenizer_uri)["shards"])
     )
     assert len(storage.list("store/x/")) == len(files(tmp_path / "root"))
+
+
+def test_prepare_that_fails_on_object_storage_deletes_nothing_beside_its_store(corpus, tokenizer_uri, bucket):
+    (corpus / "z.jsonl").write_text("{")
+    for path in corpus.iterdir():
+        bucket.upload(path, path.name)
+    config = DataConfig(sources=["s3://bucket/in"], sequence_length=32)
+    storage = open_storage("s3://bucket/run")
+    storage.write("store/x-other/manifest.json", b"{}")
+    with pytest.raises(CorpusError, match=r"s3://bucket/in/z\.jsonl: line 1"):
+        prepare(find_sources(config.sources), config, tokenizer_uri, 1, storage, "store/x", NoBar())
+    assert [item.key for item in storage.list()] == ["store/x-other/manifest.json"]
