@@ -40,9 +40,34 @@ def run(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False
 
 
 @app.command()
-def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how large the corpus is, by a sample; write nothing.")
+    ] = False,
+) -> None:
     """Gather or read the corpus, train or take the tokenizer, write the example store."""
-    _stages(config, overrides, as_json, ("prepare",))
+    if not dry_run:
+        _stages(config, overrides, as_json, ("prepare",))
+        return
+
+    def work() -> None:
+        from jobs.preparing.estimate import estimate
+        from jobs.progress import ConsoleProgress
+
+        found = estimate(_load(config, overrides), ConsoleProgress(quiet=True).stage("prepare"))
+        if as_json:
+            typer.echo(json.dumps(found, sort_keys=True))
+            return
+        typer.echo(f"{found['objects']:,} objects, {found['bytes']:,} bytes")
+        typer.echo(
+            f"about {found['documents']:,} documents and {found['tokens']:,} tokens, "
+            f"by a sample of {found['sampled_bytes']:,} bytes; nothing was written"
+        )
+
+    _guard(work, as_json)
 
 
 @app.command()

@@ -36,13 +36,29 @@ class DataConfig(Config):
     """Files, directories or prefixes (local or s3://) with .jsonl (.gz, .zst), .parquet or .txt."""
     gather: Literal["python_docs"] | None = None
     """Make the corpus instead: `python_docs` collects the docstrings and language topics of this machine's Python."""
+    format: Literal["text", "prompt_completion", "messages"] = "text"
+    """What a record holds: a text; a prompt and its completion, of which the completion is learnt; or the messages of a
+    chat, written with the tokenizer's chat template, of which the assistant's words are learnt."""
     text_column: str = "text"
+    """Key or column with the text; so are the next ones for the other formats."""
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    messages_column: str = "messages"
+    """A list of `{role, content}`."""
     sequence_length: int = Field(128, ge=8)
-    """Tokens in a row. Documents share rows without seeing each other; long ones continue in the next row."""
+    """Tokens in a row."""
+    packing: bool = True
+    """Documents share rows without seeing each other, and long ones continue in the next row. Without it every document
+    has a row of its own and what does not fit is cut off; how many were cut is counted."""
+    deduplicate: bool = True
+    """Leave out documents that are exactly the same as an earlier one, in the order of the sources."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A source object that is damaged stops the job, or is left out as a whole and counted."""
     validation_fraction: float = Field(0.02, gt=0, lt=1)
-    """Share of documents held out, chosen by a hash of their text."""
+    """Share of documents held out, chosen by a hash of their content."""
     train_tokenizer: TokenizerTraining | None = None
-    """Train a tokenizer on the corpus; else the student's, else the teacher's is used."""
+    """Train a tokenizer on the corpus; else the student's, else the teacher's is used. A corpus that grows trains
+    another one, and then everything is tokenised again: take a given one where files are added."""
     rows_per_shard: int = Field(4096, ge=1)
 
     @model_validator(mode="after")
@@ -50,6 +66,30 @@ class DataConfig(Config):
         if bool(self.sources) == bool(self.gather):
             raise ValueError(f"set either sources or gather; found sources={self.sources}, gather={self.gather}")
         return self
+
+    @model_validator(mode="after")
+    def _columns_fit_the_format(self) -> Self:
+        if self.gather and self.format != "text":
+            raise ValueError(f"gather={self.gather} makes texts; found format={self.format}: leave format out")
+        for name, of_format in _COLUMNS.items():
+            value = getattr(self, name)
+            if not value:
+                raise ValueError(f"{name} is empty; name a key or column")
+            if self.format != of_format and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}={value} is read only with format={of_format}; found format={self.format}: change one"
+                )
+        if self.prompt_column == self.completion_column:
+            raise ValueError(f"prompt_column and completion_column are both {self.prompt_column}; name two columns")
+        return self
+
+
+_COLUMNS = {
+    "text_column": "text",
+    "prompt_column": "prompt_completion",
+    "completion_column": "prompt_completion",
+    "messages_column": "messages",
+}
 
 
 class TrainConfig(Config):
@@ -296,6 +336,15 @@ class RunConfig(Config):
     def distils(self) -> bool:
         """Whether a teacher is asked while the student trains."""
         return self.teacher is not None and self.distill.alpha < 1
+
+    @property
+    def tokenizer_source(self) -> tuple[str, str | None]:
+        """The model whose tokenizer is taken, and its GGUF file; only where none is trained."""
+        if self.teacher is not None and self.teacher.model is not None:
+            return self.teacher.model, self.teacher.gguf_file
+        named = self.student.tokenizer or self.student.model
+        assert named is not None, "the config checks that a tokenizer is named"
+        return named, None
 
     @property
     def model_name(self) -> str:

@@ -14,7 +14,7 @@ from cluster.pretrained import check_model, check_same_vocabulary, load_tokenize
 from cluster.resources import check_placement, logical_cpus, threads_each
 from cluster.storage import open_storage
 from jobs.config import RunConfig, TrainConfig
-from jobs.corpus import find_sources
+from jobs.corpus import check_endings, find_sources
 from jobs.ledger import Ledger
 from jobs.shape import shape_config
 from jobs.train import default_threads
@@ -26,7 +26,7 @@ def check_config(config: RunConfig) -> None:
     storage.check_writable()
     Ledger(storage, config.name).check_owner()
     if config.data.sources:
-        find_sources(config.data.sources)
+        check_endings(find_sources(config.data.sources), config.data)
     _check_models(config)
     if os.environ.get("RAYSTILL_DATABASE_URL"):  # else a file below the storage root, made when it is needed
         open_database(database_url(config.state_directory)).dispose()

@@ -1,37 +1,42 @@
 """From text to the example store: find the sources, train or take a tokenizer, tokenise once, write parquet shards.
 
-Documents are framed by the tokenizer's begin and end tokens and laid into rows of `sequence_length` tokens. A row may
-hold several documents; the lengths of the pieces are stored with it, and no model lets one see another. A document that
-does not fit goes on in the next row, which repeats one token so that every token but the first is predicted once.
+The work is cut by source object: rows never span two objects, so each object gives shards of its own. Objects are read
+twice, once to hash their documents and once to tokenise those that stay (`preparing/duplicates.py` says why), as Ray
+tasks of one object or a few small ones, or in this process where the corpus is small. What is done for an object is
+kept and taken over for as long as the object, the config and the tokenizer stay the same.
 
-The store is published with its manifest last; without a manifest it does not exist.
+The store's manifest is written last; without it the store does not exist. It follows from the sources, the config and
+the tokenizer alone: not from the number of tasks, from who finished first, or from what was there before.
 """
 
-import hashlib
-import io
+import contextlib
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from cluster.config import fingerprint
-from cluster.errors import CorpusError, ModelError
+from cluster.errors import CorpusError, UserError
 from cluster.pretrained import load_tokenizer, tokenizer_fingerprint
 from cluster.published import MANIFEST, publish_directory, read_manifest
 from cluster.storage import Storage
 from jobs.config import DataConfig
-from jobs.corpus import Source, read_texts
+from jobs.corpus import Source, check_endings, read_documents
+from jobs.preparing.documents import texts_of
+from jobs.preparing.duplicates import find_duplicates
+from jobs.preparing.encoding import encoding_fingerprint
+from jobs.preparing.objects import Part, Target, scan_objects, tokenise_objects
 from jobs.progress import Bar
+from jobs.tasks import run_tasks
 
-FORMAT = 1
-_SHORTEST_PIECE = 16
-"""A document is not begun in the last few tokens of a row: a piece so short teaches little."""
-_BATCH = 256
+FORMAT = 2
+SMALL_BYTES = 32 << 20
+"""A corpus up to this size is prepared in this process, on all its cores, in the time in which a Ray would start."""
+_GROUP_BYTES = 32 << 20
+_GROUP_OBJECTS = 64
+"""Small objects share a task, up to these limits."""
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -45,16 +50,36 @@ def corpus_fingerprint(sources: list[Source]) -> str:
     return fingerprint([[source.uri, source.info.size_bytes, source.info.etag] for source in sources])
 
 
+def identity(config: DataConfig, tokenizer: Any) -> str:
+    """Names what decides what is made of a source object: all of the config but the sources, and the tokenizer (its
+    `encoding_fingerprint`, or how it will be trained)."""
+    values = {name: value for name, value in config.identity().items() if name not in ("sources", "gather")}
+    return fingerprint([FORMAT, values, tokenizer])
+
+
+def is_small(sources: list[Source]) -> bool:
+    return sum(source.info.size_bytes for source in sources) <= SMALL_BYTES
+
+
 def train_tokenizer(sources: list[Source], config: DataConfig, storage: Storage, prefix: str, bar: Bar) -> str:
     """Trains a byte-level BPE tokenizer on the corpus and publishes it. Returns its URI."""
     uri = f"{storage.uri}/{prefix}"
     if read_manifest(storage, prefix) is not None:
         return uri
+    bar.start(None, "training the tokenizer")
+    tokenizer = tokenizer_of(_texts(sources, config), config)
+    with TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        publish_directory(Path(directory), storage, prefix)
+    return uri
+
+
+def tokenizer_of(texts: Iterator[str], config: DataConfig) -> Any:
+    """A byte-level BPE tokenizer trained on texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     assert config.train_tokenizer is not None
-    bar.start(None, "training the tokenizer")
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -64,14 +89,19 @@ def train_tokenizer(sources: list[Source], config: DataConfig, storage: Storage,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(_texts(sources, config.text_column), trainer)
+    core.train_from_iterator(texts, trainer)
     end = SPECIAL_TOKENS[0]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end)
     tokenizer.chat_template = CHAT_TEMPLATE
-    with TemporaryDirectory() as directory:
-        tokenizer.save_pretrained(directory)
-        publish_directory(Path(directory), storage, prefix)
-    return uri
+    return tokenizer
+
+
+def _texts(sources: list[Source], config: DataConfig) -> Iterator[str]:
+    for source in sources:
+        with contextlib.suppress(*([CorpusError] if config.on_error == "skip" else [])):
+            for batch in read_documents(source, config):
+                for document in batch.documents:
+                    yield from texts_of(document)
 
 
 def prepare(
@@ -82,206 +112,176 @@ def prepare(
     storage: Storage,
     prefix: str,
     bar: Bar,
+    at_once: int = 0,
 ) -> dict[str, Any]:
     """Writes the example store below `prefix` and returns its manifest.
 
     Args:
         tokenizer_uri: a directory or hub id.
         smallest: training rows that are needed at least (one global batch).
+        at_once: Ray tasks of one CPU at the same time; 0 does the work in this process.
 
     Raises:
-        CorpusError: damaged sources, or too little text. Nothing of the store is left behind.
+        CorpusError: damaged sources, or too little text. Where nothing was before, nothing is left behind.
     """
-    tokenizer = load_tokenizer(tokenizer_uri)
-    storage_clean = read_manifest(storage, prefix) is None
-    if storage_clean and storage.list(f"{prefix}/"):
-        storage.delete(prefix)  # what a killed run left: without a manifest it is nothing
+    check_endings(sources, config)
+    was_empty = not storage.list(f"{prefix}/")
+    target = Target(storage.uri, prefix, tokenizer_uri, config)
     try:
-        writers = {
-            split: _SplitWriter(split, number, config, storage, prefix)
-            for number, split in enumerate(("train", "validation"))
-        }
-        start, end = _frame(tokenizer)
-        bar.start(sum(source.info.size_bytes for source in sources), "tokenising")
-        done = documents = 0
-        for source in sources:
-            for texts in _batches(read_texts(source, config.text_column)):
-                for text, ids, ends in _tokenise(tokenizer, texts):
-                    split = "validation" if is_held_out(text, config.validation_fraction) else "train"
-                    writers[split].add(
-                        np.concatenate([start, ids, end]), np.concatenate([[0] * len(start), ends, ends[-1:]])
-                    )
-                    documents += 1
-                bar.update(note=f"{documents} documents")
-            done += source.info.size_bytes
-            bar.update(done)
-        for writer in writers.values():
-            writer.close()
-        rows = {split: writer.rows for split, writer in writers.items()}
-        if rows["train"] < smallest:
-            raise CorpusError(
-                f"the corpus gives {rows['train']} training rows of {config.sequence_length} tokens, one batch needs "
-                f"{smallest}: add text, or lower train.global_batch or data.sequence_length"
-            )
-        if rows["validation"] == 0:
-            raise CorpusError(
-                f"no document of {documents} was held out by data.validation_fraction={config.validation_fraction}: "
-                "raise it, or add documents (a .txt file is one, however long; so is a line of .jsonl)"
-            )
-    except BaseException:
-        if storage_clean:
-            storage.delete(prefix)
+        manifest, kept = _prepare(target, sources, smallest, storage, bar, at_once)
+    except UserError:
+        if was_empty:
+            storage.delete(f"{prefix}/")
         raise
-    shards = [shard for writer in writers.values() for shard in writer.shards]
-    manifest = {
-        "format": FORMAT,
-        "shards": shards,
-        "rows": rows,
-        "tokens": {split: writer.tokens for split, writer in writers.items()},
-        "bytes": {split: writer.bytes for split, writer in writers.items()},
-        "documents": documents,
-        "sequence_length": config.sequence_length,
-        "vocab_size": len(tokenizer),
-        "tokenizer": tokenizer_uri,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "sources": [{"uri": item.uri, "size_bytes": item.info.size_bytes, "etag": item.info.etag} for item in sources],
-        "fingerprint": fingerprint([[shard["key"], shard["sha256"]] for shard in shards]),
-    }
     storage.write_json(f"{prefix}/{MANIFEST}", manifest)
+    for item in storage.list(f"{prefix}/"):
+        if item.key.removeprefix(f"{prefix}/") not in kept:
+            storage.delete(item.key)
     return manifest
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document is for validation: decided by its text alone, so it stays so when files are added."""
-    return (
-        int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
-        < fraction * 2**64
-    )
+def _prepare(
+    target: Target, sources: list[Source], smallest: int, storage: Storage, bar: Bar, at_once: int
+) -> tuple[dict[str, Any], set[str]]:
+    """The manifest, and the keys below the prefix that belong to it."""
+    config, tokenizer = target.config, load_tokenizer(target.tokenizer_uri)
+    made_with = identity(config, encoding_fingerprint(tokenizer))
+    parts = [Part(place, source, made_with) for place, source in enumerate(sources)]
+    reasons = _scan(target, parts, storage, bar, at_once)
+    skipped = [{"uri": parts[place].source.uri, "reason": reason} for place, reason in sorted(reasons.items())]
+    for item in skipped:
+        bar.say(f"left out: {item['reason']}")
+    parts = [part for part in parts if part.place not in reasons]
+    if config.deduplicate:
+        found = find_duplicates(storage, [f"{target.prefix}/{part.hashes_key}" for part in parts])
+        parts = [Part(part.place, part.source, made_with, copies) for part, copies in zip(parts, found, strict=True)]
+    records = _tokenise(target, parts, storage, bar, at_once)
+    shards = _numbered([shard for record in records for shard in record["shards"]])
+    totals = {
+        name: {split: sum(record[name][split] for record in records) for split in ("train", "validation")}
+        for name in ("rows", "tokens", "bytes")
+    }
+    counts = {
+        name: sum(record[name] for record in records) for name in ("documents", "duplicates", "cut", "without_target")
+    }
+    _check_size(totals["rows"], counts["documents"], smallest, config)
+    manifest = {
+        "format": FORMAT,
+        "shards": shards,
+        **totals,
+        **counts,
+        "skipped": skipped,
+        "sequence_length": config.sequence_length,
+        "vocab_size": len(tokenizer),
+        "tokenizer": target.tokenizer_uri,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "sources": [{"uri": item.uri, "size_bytes": item.info.size_bytes, "etag": item.info.etag} for item in sources],
+        "fingerprint": fingerprint([[shard["split"], shard["sha256"]] for shard in shards]),
+    }
+    kept = {MANIFEST, *(shard["key"] for shard in shards)}
+    return manifest, kept.union(*({part.hashes_key, part.record_key} for part in parts))
 
 
-def _texts(sources: list[Source], text_column: str) -> Iterator[str]:
-    for source in sources:
-        yield from read_texts(source, text_column)
+def _scan(target: Target, parts: list[Part], storage: Storage, bar: Bar, at_once: int) -> dict[int, str]:
+    """Hashes the documents of every object that has not been; returns what is wrong with those that cannot be read."""
+    there = {item.key for item in storage.list(f"{target.prefix}/objects/")}
+    new = [part for part in parts if f"{target.prefix}/{part.hashes_key}" not in there]
+    groups = _groups(new, at_once)
+    results = _spread(scan_objects, target, groups, bar, "reading", at_once)
+    return {
+        part.place: reason
+        for group, reasons in zip(groups, results, strict=True)
+        for part, reason in zip(group, reasons, strict=True)
+        if reason is not None
+    }
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _tokenise(target: Target, parts: list[Part], storage: Storage, bar: Bar, at_once: int) -> list[dict[str, Any]]:
+    """The records of all objects in source order, made where there is none or where a shard of it is gone."""
+
+    def read(part: Part) -> dict[str, Any] | None:
+        key = f"{target.prefix}/{part.record_key}"
+        record = storage.read_json(key) if key in sizes else None
+        shards = record["shards"] if record else []
+        if all(sizes.get(f"{target.prefix}/{shard['key']}") == shard["size_bytes"] for shard in shards):
+            return record
+        storage.delete(key)
+        return None
+
+    sizes = {item.key: item.size_bytes for item in storage.list(f"{target.prefix}/")}
+    with ThreadPoolExecutor(16) as pool:
+        records = {part.place: record for part, record in zip(parts, pool.map(read, parts), strict=True) if record}
+        missing = [part for part in parts if part.place not in records]
+        if records and missing:
+            bar.say(f"{len(records)} of {len(parts)} objects are done already")
+        _spread(tokenise_objects, target, _groups(missing, at_once), bar, "tokenising", at_once)
+        new = pool.map(lambda part: storage.read_json(f"{target.prefix}/{part.record_key}"), missing)
+        records |= {part.place: record for part, record in zip(missing, new, strict=True)}
+    return [records[part.place] for part in parts]
 
 
-def _frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Ids put before and behind every document."""
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ModelError("the tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json")
-    begin = tokenizer.bos_token_id
-    return np.array([end if begin is None else begin], np.int32), np.array([end], np.int32)
+def _groups(parts: list[Part], at_once: int) -> list[list[Part]]:
+    """Parts that share a task: whole objects, large ones alone, neighbours in source order together."""
+    if at_once == 0:
+        return [parts] if parts else []
+    limit = min(_GROUP_BYTES, sum(part.source.info.size_bytes for part in parts) // (4 * at_once))
+    groups: list[list[Part]] = []
+    size = 0
+    for part in parts:
+        size += part.source.info.size_bytes
+        if not groups or size > limit or len(groups[-1]) == _GROUP_OBJECTS:
+            groups.append([])
+            size = part.source.info.size_bytes
+        groups[-1].append(part)
+    return groups
 
 
-def _tokenise(tokenizer: Any, texts: list[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Text, int32 token ids, and the UTF-8 byte at which each token ends."""
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,  # "<|endoftext|>" in a text is text: it ends nothing
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-    )
-    for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if not ids:
-            continue
-        ends = np.fromiter((stop for _, stop in offsets), np.int64, len(offsets))
-        if not text.isascii():
-            widths = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-            sizes = 1 + (widths > 0x7F) + (widths > 0x7FF) + (widths > 0xFFFF)
-            ends = np.concatenate([[0], np.cumsum(sizes)])[ends]
-        yield text, np.array(ids, np.int32), ends
+def _spread(function: Any, target: Target, groups: list[list[Part]], bar: Bar, what: str, at_once: int) -> list[Any]:
+    """Runs the work on all groups and shows how far it is. Few large objects get several threads each."""
+    if not groups:
+        return []
+    total = sum(part.source.info.size_bytes for group in groups for part in group)
+    threads = max(1, at_once // len(groups)) if at_once else 0
+    read: dict[float, int] = {}
+    figures: dict[float, dict[str, float]] = {}
+    started = time.monotonic()
+
+    def follow(position: int, said: dict[str, float]) -> None:
+        read[said["place"]], figures[said["place"]] = position, said
+        seconds = max(time.monotonic() - started, 1e-3)
+        sums = {name: sum(item.get(name, 0) for item in figures.values()) for name in ("documents", "rows")}
+        rows = f", {sums['rows'] / seconds:,.0f} rows/s" if sums["rows"] else ""
+        done = sum(read.values())
+        bar.update(done, f"{what}: {sums['documents']:,.0f} documents, {done / seconds / 1e6:,.1f} MB/s{rows}")
+
+    bar.start(total, what)
+    largest_first = sorted(range(len(groups)), key=lambda place: -sum(p.source.info.size_bytes for p in groups[place]))
+    calls = [(target, groups[place], threads) for place in largest_first]
+    results = dict(zip(largest_first, run_tasks(function, calls, at_once, max(1, threads), follow), strict=True))
+    return [results[place] for place in range(len(groups))]
 
 
-@dataclass
-class _SplitWriter:
-    """Lays documents into rows and rows into shards of one split."""
+def _numbered(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Shards with numbers that differ: two of the same content (documents are not deduplicated) get neighbours."""
+    taken: set[int] = set()
+    out = []
+    for shard in shards:
+        number = shard["number"]
+        while number in taken:
+            number += 1
+        taken.add(number)
+        out.append({**shard, "number": number})
+    return out
 
-    split: str
-    number: int
-    config: DataConfig
-    storage: Storage
-    prefix: str
-    rows: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    _pieces: list[np.ndarray] = field(default_factory=list)
-    _row_tokens: int = 0
-    _row_bytes: int = 0
-    _waiting: list[tuple[np.ndarray, np.ndarray, int]] = field(default_factory=list)
 
-    def add(self, token_ids: np.ndarray, byte_ends: np.ndarray) -> None:
-        """One framed document; `byte_ends` is where each token ends in its text."""
-        length, position = self.config.sequence_length, 0
-        while position < len(token_ids) - 1:
-            room = length - self._row_tokens
-            if room < min(_SHORTEST_PIECE, length, len(token_ids) - position):
-                self._finish_row()
-                room = length
-            piece = token_ids[position : position + room]
-            self._pieces.append(piece)
-            self._row_tokens += len(piece)
-            self._row_bytes += int(byte_ends[position + len(piece) - 1] - byte_ends[position])
-            # The last token of a cut piece begins the next one: as context there, as a target here.
-            position += len(piece) - 1
-            if self._row_tokens >= length:
-                self._finish_row()
-
-    def close(self) -> None:
-        self._finish_row()
-        self._write_shard()
-
-    def _finish_row(self) -> None:
-        if not self._pieces:
-            return
-        lengths = np.array([len(piece) for piece in self._pieces], np.int32)
-        self._waiting.append((np.concatenate(self._pieces), lengths, self._row_bytes))
-        self.rows += 1
-        self.tokens += self._row_tokens
-        self.bytes += self._row_bytes
-        self._pieces, self._row_tokens, self._row_bytes = [], 0, 0
-        if len(self._waiting) >= self.config.rows_per_shard:
-            self._write_shard()
-
-    def _write_shard(self) -> None:
-        if not self._waiting:
-            return
-        tokens, segments, sizes = zip(*self._waiting, strict=True)
-        table = pa.table(
-            {
-                "token_ids": pa.array(list(tokens), pa.list_(pa.int32())),
-                "segment_lengths": pa.array(list(segments), pa.list_(pa.int32())),
-                "loss_mask": pa.array([np.ones(len(row), np.int8) for row in tokens], pa.list_(pa.int8())),
-                "num_bytes": pa.array(sizes, pa.int64()),
-            }
+def _check_size(rows: dict[str, int], documents: int, smallest: int, config: DataConfig) -> None:
+    if rows["train"] < smallest:
+        raise CorpusError(
+            f"the corpus gives {rows['train']} training rows of {config.sequence_length} tokens, one batch needs "
+            f"{smallest}: add text, or lower train.global_batch or data.sequence_length"
         )
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-        data = buffer.getvalue()
-        digest = hashlib.sha256(data).hexdigest()
-        number = 2 * len(self.shards) + self.number
-        key = f"{self.split}-{number:06d}-{digest[:16]}.parquet"
-        self.storage.write(f"{self.prefix}/{key}", data)
-        self.shards.append(
-            {
-                "key": key,
-                "number": number,
-                "split": self.split,
-                "rows": len(self._waiting),
-                "size_bytes": len(data),
-                "sha256": digest,
-            }
+    if rows["validation"] == 0:
+        raise CorpusError(
+            f"no document of {documents} was held out by data.validation_fraction={config.validation_fraction}: "
+            "raise it, or add documents (a .txt file is one, up to 4 MB; so is a line of .jsonl)"
         )
-        self._waiting = []

@@ -22,7 +22,8 @@ from jobs.ledger import SUMMARY, Ledger, StageRecord
 from jobs.lock import only_one
 from jobs.preflight import check_cluster, check_config, check_shapes
 from jobs.progress import ConsoleProgress
-from jobs.stages import ALL_STAGES, Run, Stage
+from jobs.stage import Run, Stage
+from jobs.stages import ALL_STAGES
 from services.endpoint.client import check_port_free, start_serve
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
         for stage in pending:
             if _take_if_done(this, ledger, stage):
                 continue
-            if stage.needs_cluster and this.connection is None:
+            if this.connection is None and stage.needs_cluster(this):
                 this.connection = stack.enter_context(connect(config.cluster))
                 check_cluster(config, this.connection)
                 if answers:  # Serve has one address, fixed when it starts: before the teachers, which need none

@@ -6,21 +6,18 @@ stored in the ledger and must be plain JSON.
 
 import contextlib
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from cluster.champions import database_url, find_champion
 from cluster.config import fingerprint
-from cluster.connection import Connection
 from cluster.errors import UserError
-from cluster.pretrained import load_tokenizer, locate, model_fingerprint, tokenizer_fingerprint
+from cluster.pretrained import load_tokenizer, locate, model_fingerprint
 from cluster.published import publish_directory, read_manifest
 from cluster.resources import physical_cores, threads_each
-from cluster.storage import Storage, open_storage, split_uri
-from cluster.tracking import Tracker, tracking_uri
+from cluster.storage import LocalStorage, open_storage, split_uri
+from cluster.tracking import tracking_uri
 from jobs.config import DistillConfig, RunConfig, StudentConfig
 from jobs.convert import convert_gguf
 from jobs.corpus import Source, find_sources
@@ -28,68 +25,17 @@ from jobs.gather import gather_python_docs
 from jobs.label import label_store
 from jobs.labels.access import access_without_teacher, label_access
 from jobs.ledger import stage_key
-from jobs.prepare import corpus_fingerprint, prepare, train_tokenizer
+from jobs.prepare import corpus_fingerprint, identity, is_small, prepare, train_tokenizer
+from jobs.preparing.encoding import encoding_fingerprint
 from jobs.progress import Bar
 from jobs.promote import promote
 from jobs.quantize import check_reload
 from jobs.register import register
 from jobs.serve import ask_once
+from jobs.stage import Output, Run, Stage
 from jobs.tasks import run_task
 from jobs.train import default_threads, run_training, teacher_service
 from jobs.training.plan import TeacherAccess, TrainPlan
-
-Output = dict[str, Any]
-
-
-@dataclass
-class Run:
-    """A run in progress: its config, where it writes, what its stages gave so far."""
-
-    config: RunConfig
-    storage: Storage
-    outputs: dict[str, Output] = field(default_factory=dict)
-    keys: dict[str, str] = field(default_factory=dict)
-    connection: Connection | None = None
-    tracker: Tracker | None = None
-
-    @property
-    def cluster(self) -> Connection:
-        assert self.connection is not None, "this stage needs a connected cluster"
-        return self.connection
-
-    @property
-    def store_prefix(self) -> str:
-        return str(self.outputs["prepare"]["store"])
-
-    @property
-    def tokenizer(self) -> str:
-        return str(self.outputs["prepare"]["tokenizer"])
-
-    @property
-    def teacher_model(self) -> str | None:
-        return self.outputs["teacher"].get("model")
-
-    def track(self, prefix: str) -> Callable[[int, dict[str, float]], None]:
-        """A sink for a training's metrics."""
-        return lambda step, metrics: (
-            self.tracker.metrics({f"{prefix}{name}": value for name, value in metrics.items()}, step)
-            if self.tracker is not None
-            else None
-        )
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    key: Callable[[Run], str]
-    work: Callable[[Run, Bar], Output]
-    is_there: Callable[[Run, Output], bool] = lambda run, output: True
-    """Whether what the stage made still exists. Only looked for, not read: who uses it checks its hashes."""
-    needs_cluster: bool = True
-    applies: Callable[[Run], bool] = lambda run: True
-    """Whether there is something to do for this config."""
-    decides: bool = True
-    """Whether later stages must be done again after it; one that only helps is left out where it does not apply."""
 
 
 def _is_whole(uri: str) -> bool:
@@ -115,55 +61,67 @@ def _prepare_key(run: Run) -> str:
 
 
 def _tokenizer_identity(config: RunConfig) -> Any:
-    """What decides the tokenizer: how it is trained, or the vocabulary of the one that is taken."""
+    """What decides the tokenizer: how it is trained, or what the one that is taken does."""
     if config.data.train_tokenizer is not None:
         return config.data.train_tokenizer.identity()
-    model, gguf_file = _tokenizer_source(config)
-    return tokenizer_fingerprint(load_tokenizer(model, gguf_file))
-
-
-def _tokenizer_source(config: RunConfig) -> tuple[str, str | None]:
-    named = config.student.tokenizer or config.student.model
-    if config.teacher is not None and config.teacher.model is not None:
-        return config.teacher.model, config.teacher.gguf_file
-    assert named is not None, "the config checks that a tokenizer is named"
-    return named, None
+    return encoding_fingerprint(load_tokenizer(*config.tokenizer_source))
 
 
 def _prepare(run: Run, bar: Bar) -> Output:
-    config, storage, key = run.config, run.storage, run.keys["prepare"]
-    prefix = f"store/{key}"
+    config, storage = run.config, run.storage
     if config.data.gather is not None:
         gather_python_docs(storage, f"corpus/{config.data.gather}.jsonl", bar)
         sources = find_sources([f"{storage.uri}/corpus"])
     else:
         sources = find_sources(config.data.sources)
+    # A trained tokenizer belongs to one corpus; a given one, and the store made with it, to any.
+    trains = config.data.train_tokenizer is not None
+    made_with = run.keys["prepare"] if trains else identity(config.data, _tokenizer_identity(config))
     trained = config.teacher.train if config.teacher is not None else None
     smallest = max(config.train.global_batch, trained.global_batch if trained is not None else 0)
-    made_before = read_manifest(storage, f"tokenizer/{key}") is not None
+    made_before = read_manifest(storage, f"tokenizer/{made_with}") is not None
     try:
-        tokenizer = _tokenizer(run, sources, bar)
-        manifest = prepare(sources, config.data, tokenizer, smallest, storage, prefix, bar)
+        tokenizer = _tokenizer(run, sources, f"tokenizer/{made_with}", bar)
+        manifest = prepare(
+            sources, config.data, tokenizer, smallest, storage, f"store/{made_with}", bar, _tasks(run, sources)
+        )
     except UserError:
         if not made_before:
-            storage.delete(f"tokenizer/{key}")
+            storage.delete(f"tokenizer/{made_with}/")
         raise
     return {
-        "store": prefix,
+        "store": f"store/{made_with}",
         "tokenizer": tokenizer,
         **{name: manifest[name] for name in ("rows", "tokens", "bytes", "documents", "vocab_size")},
+        **{name: manifest[name] for name in ("duplicates", "cut", "without_target")},
+        "skipped": len(manifest["skipped"]),
         **{name: manifest[name] for name in ("sequence_length", "tokenizer_fingerprint", "fingerprint")},
     }
 
 
-def _tokenizer(run: Run, sources: list[Source], bar: Bar) -> str:
+def _tasks(run: Run, sources: list[Source]) -> int:
+    """How many Ray tasks prepare the corpus at the same time; 0: it is done in this process."""
+    if run.connection is None or is_small(sources):
+        return 0
+    if run.connection.embedded:
+        return physical_cores()
+    everywhere = [run.storage, *(source.storage for source in sources)]
+    if any(isinstance(storage, LocalStorage) for storage in everywhere):  # other machines cannot read it
+        return 0
+    return max(1, int(run.connection.num_cpus))
+
+
+def _prepare_needs_cluster(run: Run) -> bool:
+    return run.config.data.gather is None and not is_small(find_sources(run.config.data.sources))
+
+
+def _tokenizer(run: Run, sources: list[Source], prefix: str, bar: Bar) -> str:
     """URI of the run's tokenizer: trained on the corpus, or copied from where the config names it."""
-    prefix = f"tokenizer/{run.keys['prepare']}"
     if run.config.data.train_tokenizer is not None:
         return train_tokenizer(sources, run.config.data, run.storage, prefix, bar)
     if read_manifest(run.storage, prefix) is None:
         with TemporaryDirectory(prefix="raystill-tokenizer-") as name:
-            load_tokenizer(*_tokenizer_source(run.config)).save_pretrained(name)
+            load_tokenizer(*run.config.tokenizer_source).save_pretrained(name)
             publish_directory(Path(name), run.storage, prefix)
     return f"{run.storage.uri}/{prefix}"
 
@@ -173,6 +131,7 @@ def _prepare_is_there(run: Run, output: Output) -> bool:
     sizes = {item.key: item.size_bytes for item in run.storage.list(f"{output['store']}/")}
     return (
         manifest is not None
+        and manifest["fingerprint"] == output["fingerprint"]
         and all(sizes.get(f"{output['store']}/{shard['key']}") == shard["size_bytes"] for shard in manifest["shards"])
         and _is_whole(output["tokenizer"])
     )
@@ -431,13 +390,13 @@ def _serve(run: Run, bar: Bar) -> Output:
 
 
 ALL_STAGES = (
-    Stage("prepare", _prepare_key, _prepare, _prepare_is_there, needs_cluster=False),
+    Stage("prepare", _prepare_key, _prepare, _prepare_is_there, _prepare_needs_cluster),
     Stage("teacher", _teacher_key, _teacher, _model_is_there, applies=lambda run: run.config.teacher is not None),
     Stage("label", _label_key, _label, _labels_are_there, applies=_labels_ahead, decides=False),
     Stage("train", _train_key, _train, _model_is_there),
     Stage("evaluate", _evaluate_key, _evaluate),
     Stage("quantize", _quantize_key, _quantize, _artefacts_are_there),
-    Stage("register", _register_key, _register, _versions_are_there, needs_cluster=False),
-    Stage("promote", _promote_key, _promote, _champion_is_there, needs_cluster=False),
+    Stage("register", _register_key, _register, _versions_are_there, needs_cluster=lambda run: False),
+    Stage("promote", _promote_key, _promote, _champion_is_there, needs_cluster=lambda run: False),
     Stage("serve", _serve_key, _serve),
 )

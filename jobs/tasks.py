@@ -5,6 +5,7 @@ not make it. Many calls of one kind share processes, a few at once.
 """
 
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -53,7 +54,7 @@ def run_tasks(
         function: gets a call's arguments and, last, a function to report a step and its figures with.
         at_once: tasks that run at the same time; 0 runs the calls in this process, one after the other.
         num_cpus: of each task.
-        follow: is given what is reported.
+        follow: is given what is reported; of figures that name a place, the last of each place.
 
     Raises:
         Whatever the first call that failed raised. Calls that are running are stopped then.
@@ -67,6 +68,12 @@ def run_tasks(
     waiting = list(enumerate(calls))[::-1]
     running: dict[Any, int] = {}
     results: dict[int, T] = {}
+
+    def take_reports() -> None:
+        with contextlib.suppress(Exception):  # a late report is shown next time
+            for report in ray.get(board.take.remote(), timeout=5):
+                follow(int(report.pop("step")), report)
+
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -74,9 +81,8 @@ def run_tasks(
                 running[remote.remote(function, call, board)] = number
             for done in ray.wait(list(running), timeout=0.5)[0]:
                 results[running.pop(done)] = _result(done)
-            with contextlib.suppress(Exception):  # a late report is shown next time
-                for report in ray.get(board.take.remote(), timeout=5):
-                    follow(int(report.pop("step")), report)
+            take_reports()
+        take_reports()
     finally:
         for task in running:
             ray.cancel(task, force=True)
@@ -85,18 +91,23 @@ def run_tasks(
 
 
 def _reporting(function: Callable[..., T], call: tuple[Any, ...], board: Any) -> T:
-    """In a task: reports go to the board, twice a second at most."""
-    import time
-
-    last = 0.0
+    """In a task: reports go to the board, of each place twice a second at most, and the last one in any case."""
+    held: tuple[int, dict[str, float]] | None = None
+    sent = 0.0
 
     def report(step: int, figures: dict[str, float]) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 0.5:
-            last = time.monotonic()
-            board.report.remote(step, figures)
+        nonlocal held, sent
+        if held is not None and held[1].get("place") != figures.get("place"):
+            board.report.remote(*held)
+        held = (step, figures)
+        if time.monotonic() - sent >= 0.5:
+            board.report.remote(*held)
+            held, sent = None, time.monotonic()
 
-    return function(*call, report)
+    result = function(*call, report)
+    if held is not None:
+        board.report.remote(*held)
+    return result
 
 
 def _result(task: Any) -> Any:

@@ -21,8 +21,8 @@ import pytest
 import yaml
 
 from cluster.errors import ConfigError, CorpusError, ModelError, PlacementError, StorageError
-from jobs.config import RunConfig
-from jobs.corpus import find_sources, read_texts
+from jobs.config import DataConfig, RunConfig
+from jobs.corpus import find_sources, read_documents
 from jobs.preflight import check_config, check_cpus, check_gpus
 from tests import tiny
 
@@ -151,6 +151,26 @@ CASES = {
     ),
     "corpus_of_one_long_text": Case(
         ["no document of 1 was held out", "a .txt file is one"], ["data.sources=[in/long.txt]"], "CorpusError"
+    ),
+    "corpus_of_txt_where_chats_are_asked_for": Case(
+        ["in/long.txt", "a .txt holds plain text", "data.format=messages needs .jsonl or .parquet"],
+        ["data.sources=[in/long.txt]", "data.format=messages"],
+        "CorpusError",
+    ),
+    "corpus_without_messages": Case(
+        ["corpus.jsonl: line 1", "no list of messages", "'messages' (found: text)", "set data.messages_column"],
+        ["data.format=messages"],
+        "CorpusError",
+    ),
+    "columns_of_another_format": Case(
+        ["data: prompt_column=q is read only with format=prompt_completion", "found format=text", "change one"],
+        ["data.prompt_column=q"],
+    ),
+    "dry_run_of_a_broken_corpus": Case(
+        ["in/cut_jsonl/cut.jsonl", "line 40 is not JSON"],
+        ["data.sources=[in/cut_jsonl]", "--dry-run"],
+        "CorpusError",
+        command="prepare",
     ),
     "corpus_without_a_name": Case(["empty name"], ['data.sources=[""]'], "CorpusError"),
     "package_of_no_name": Case(
@@ -371,7 +391,9 @@ def test_checks_name_the_alternatives_in_one_line(tmp_path):
 
 
 def texts_of(path):
-    return [text for source in find_sources([str(path)]) for text in read_texts(source, "text")]
+    config = DataConfig(sources=["x"])
+    sources = find_sources([str(path)])
+    return [text for source in sources for batch in read_documents(source, config) for text in batch.documents]
 
 
 def test_corpus_file_name_with_spaces_and_signs_is_found(tmp_path):

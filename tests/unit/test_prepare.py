@@ -14,8 +14,10 @@ from cluster.errors import CorpusError, CorruptArtifact
 from cluster.pretrained import load_tokenizer
 from cluster.storage import open_storage
 from jobs.config import DataConfig
-from jobs.corpus import find_sources, read_texts
-from jobs.prepare import _tokenise, is_held_out, prepare
+from jobs.corpus import find_sources, read_documents
+from jobs.prepare import prepare
+from jobs.preparing.documents import content, document_hash, is_held_out
+from jobs.preparing.encoding import Encoder
 from jobs.training.data import ExampleStore, collate
 from tests import tiny
 
@@ -33,6 +35,10 @@ def tokenizer_uri(tmp_path_factory):
     return str(tiny.tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
+def held_out(text, fraction):
+    return is_held_out(document_hash(content(text)), fraction)
+
+
 def build(tmp_path, tokenizer_uri, sources, smallest=1, **data):
     config = DataConfig(sources=[str(sources)], **{"sequence_length": 32, "validation_fraction": 0.2, **data})
     storage = open_storage(str(tmp_path / "root"))
@@ -48,7 +54,7 @@ def test_prepare_every_token_is_a_target_once_and_bytes_add_up(tmp_path, tokeniz
     tokenizer = load_tokenizer(tokenizer_uri)
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     for split in ("train", "validation"):
-        mine = [text for text in texts if is_held_out(text, 0.2) == (split == "validation")]
+        mine = [text for text in texts if held_out(text, 0.2) == (split == "validation")]
         expected = [token for text in mine for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
         store = ExampleStore(storage, "store/x", split)
         rows = [store.row(index) for index in range(len(store))]
@@ -64,10 +70,11 @@ def test_prepare_every_token_is_a_target_once_and_bytes_add_up(tmp_path, tokeniz
 def test_prepare_special_tokens_that_stand_in_a_text_are_text(tmp_path, tokenizer_uri):
     tokenizer = load_tokenizer(tokenizer_uri)
     text = "before <|endoftext|> after"
-    [(_, ids, ends)] = _tokenise(tokenizer, [text])
+    [example] = Encoder(tokenizer, DataConfig(sources=["x"])).encode([text], "here")
+    ids = example.token_ids[1:-1]
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.decode(ids) == text
-    assert ends[-1] == len(text)
+    assert example.byte_ends[-1] == len(text)
 
 
 def test_prepare_is_the_same_every_time_and_changes_with_the_text(tmp_path, tokenizer_uri):
@@ -85,6 +92,11 @@ def test_prepare_many_shards_have_stable_row_ids(tmp_path, tokenizer_uri):
     assert len({item.shard for item in ids}) > 2
 
 
+def texts_of(source, **config):
+    config = DataConfig(sources=["x"], **config)
+    return [document for batch in read_documents(source, config) for document in batch.documents]
+
+
 def test_prepare_reads_all_formats_to_the_same_texts(tmp_path):
     texts = [f"document {number}: grüße 猫" for number in range(20)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
@@ -93,7 +105,7 @@ def test_prepare_reads_all_formats_to_the_same_texts(tmp_path):
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
     pq.write_table(pa.table({"text": texts}), tmp_path / "d.parquet")
     (tmp_path / "e.txt").write_text(texts[0], encoding="utf-8")
-    found = {source.info.key: list(read_texts(source, "text")) for source in find_sources([str(tmp_path)])}
+    found = {source.info.key: texts_of(source) for source in find_sources([str(tmp_path)])}
     assert found.pop("e.txt") == texts[:1]
     assert len(found) == 4
     assert all(value == texts for value in found.values())
@@ -164,10 +176,10 @@ def test_store_every_flipped_bit_in_a_shard_is_noticed(tmp_path, tokenizer_uri):
 
 def test_held_out_documents_stay_held_out_when_files_are_added():
     texts = [f"text {number}" for number in range(2000)]
-    chosen = [text for text in texts if is_held_out(text, 0.1)]
+    chosen = [text for text in texts if held_out(text, 0.1)]
     assert 120 < len(chosen) < 280
-    assert all(is_held_out(text, 0.1) for text in chosen)
-    assert set(chosen) <= {text for text in texts if is_held_out(text, 0.2)}
+    assert all(held_out(text, 0.1) for text in chosen)
+    assert set(chosen) <= {text for text in texts if held_out(text, 0.2)}
 
 
 def test_a_store_larger_than_the_cache_gives_the_same_rows_by_ranges(tmp_path, tokenizer_uri, monkeypatch):
