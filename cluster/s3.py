@@ -43,6 +43,7 @@ _FAILURES = {
     "ResponseStreamingError": "the connection broke",
     "IncompleteReadError": "the body was cut short",
     "ResponseParserError": "an answer that is not S3's",
+    "ParamValidationError": "a bucket or key that S3 does not take",
     "FlexibleChecksumError": "a body that does not match its checksum",
 }
 
@@ -51,6 +52,7 @@ class S3Storage(Storage):
     def __init__(self, bucket: str, prefix: str, limits: Limits | None = None) -> None:
         import boto3
         from botocore.config import Config as BotoConfig
+        from botocore.exceptions import BotoCoreError
 
         super().__init__()
         self.bucket, self.prefix = bucket, prefix.strip("/")
@@ -63,8 +65,14 @@ class S3Storage(Storage):
             max_pool_connections=16,
             s3={"addressing_style": "path"} if _custom_endpoint() else {},
         )
-        with _making:
-            self.client = boto3.client("s3", config=config)
+        try:
+            with _making:
+                self.client = boto3.client("s3", config=config)
+        except (BotoCoreError, ValueError) as error:
+            raise StorageError(
+                f"storage {self.uri}: no client ({type(error).__name__}); check AWS_ENDPOINT_URL, AWS_PROFILE and the "
+                "region, for example AWS_ENDPOINT_URL=http://127.0.0.1:9000"
+            ) from None
         server = urlparse(self.client.meta.endpoint_url)
         self._server = f"{server.hostname}:{server.port}" if server.port else str(server.hostname)
 
@@ -292,6 +300,7 @@ class S3Storage(Storage):
     def _why_again(self, error: BaseException) -> str | None:
         from botocore import exceptions as sdk
         from botocore.parsers import ResponseParserError
+        from urllib3.exceptions import HTTPError  # what the SDK lets through while a body is read
 
         if isinstance(error, sdk.ClientError):
             code, status = _code(error)
@@ -299,7 +308,7 @@ class S3Storage(Storage):
         if isinstance(error, sdk.SSLError) and "CERTIFICATE" in str(error):
             return None
         passing = (sdk.HTTPClientError, sdk.IncompleteReadError, sdk.FlexibleChecksumError, ResponseParserError)
-        if isinstance(error, (*passing, ConnectionError)) and not isinstance(error, StorageError):
+        if isinstance(error, (*passing, HTTPError, ConnectionError)) and not isinstance(error, StorageError):
             name = type(error).__name__
             return f"{_FAILURES.get(name, name)} at {self._server}"
         return None

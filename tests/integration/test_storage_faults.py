@@ -23,6 +23,7 @@ from jobs.training.checkpoint import Checkpoints
 from tests.fault_proxy import Fault, FaultProxy
 from tests.unit.test_checkpoint import trained
 from tests.unit.test_storage import (  # noqa: F401 - what every storage does, here on the real server
+    on_a_small_disk,
     test_localize_s3_directory_is_copied_once_and_verified,
     test_publish_manifest_with_a_hostile_name_is_refused,
     test_publish_without_manifest_does_not_exist_and_damage_is_named,
@@ -324,6 +325,7 @@ import sys
 from cluster.storage import open_storage
 from jobs.training.checkpoint import Checkpoints
 from tests.unit.test_checkpoint import trained
+from tests.unit.test_storage import on_a_small_disk
 with Checkpoints(open_storage(sys.argv[1]), "c", 5, {}) as checkpoints:
     print("saving", flush=True)
     checkpoints.save(*trained(2))
@@ -354,6 +356,27 @@ def until(condition, timeout_s=60):
     while not condition():
         assert time.monotonic() < ends
         time.sleep(0.02)
+
+
+DOWNLOAD = """
+import os, sys
+from pathlib import Path
+from cluster.errors import StorageError
+from cluster.storage import open_storage
+try:
+    open_storage(sys.argv[1]).download("there", Path(sys.argv[2], "local"))
+except StorageError as error:
+    print(error)
+assert os.listdir(sys.argv[2]) == []
+"""
+
+
+def test_s3_download_to_a_full_disk_is_one_line(storage, tmp_path):
+    storage.write("there", CONTENT)
+    done = on_a_small_disk(tmp_path / "small", DOWNLOAD, storage.uri, tmp_path / "small")
+    assert done.returncode == 0, done.stderr
+    assert "No space left" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
 
 
 def test_s3_object_server_stopped_for_a_while_is_waited_for(storage, aws):

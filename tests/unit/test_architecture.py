@@ -22,6 +22,7 @@ MODULES = {
 }
 LIGHT = sorted(
     {"cluster.config", "cluster.errors", "cluster.resources", "cluster.logs", "cluster.storage", "cluster.published"}
+    | {"cluster.s3", "cluster.multipart", "cluster.attempts"}
     | {"cluster.connection", "cluster.pretrained", "cluster.tracking", "cluster.champions"}
     | {"jobs.config", "jobs.ledger", "jobs.training.plan", "jobs.training.choice", "jobs.training.objective"}
     | {"jobs.__main__"}

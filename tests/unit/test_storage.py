@@ -337,3 +337,21 @@ def test_s3_wrong_bucket_is_one_line(storage, tmp_path):
         pytest.skip("a question to S3 only")
     with pytest.raises(StorageError, match="NoSuchBucket"):
         open_storage("s3://missing/x").check_writable()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "uri"),
+    [
+        ("AWS_ENDPOINT_URL", "user:canary@no-scheme", "s3://bucket/x"),
+        ("AWS_PROFILE", "canary", "s3://bucket/x"),
+        ("AWS_REGION", "us-east-1", "s3://A bucket!/x"),
+    ],
+)
+def test_s3_settings_that_cannot_be_used_are_one_line(monkeypatch, variable, value, uri):
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
+    with pytest.raises(StorageError, match=r"no client|does not take") as error:
+        open_storage(uri).read("k")
+    assert "canary" not in str(error.value)
+    assert "\n" not in str(error.value)
