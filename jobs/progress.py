@@ -122,9 +122,16 @@ class Board:
 
     def __init__(self) -> None:
         self._reports: list[dict[str, Any]] = []
+        self._stopped = False
 
-    def report(self, step: int, metrics: dict[str, float]) -> None:
+    def report(self, step: int, metrics: dict[str, float]) -> bool:
+        """Whether the work is still wanted."""
         self._reports.append({"step": step, **metrics})
+        return not self._stopped
+
+    def stop(self) -> None:
+        """From now on the work is not wanted."""
+        self._stopped = True
 
     def take(self) -> list[dict[str, Any]]:
         reports, self._reports = self._reports, []

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from cluster.connection import while_ray_lives
 from jobs.progress import Bar, start_board
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ def run_tasks(
         follow: is given what is reported; of figures that name a place, the last of each place.
 
     Raises:
-        Whatever the first call that failed raised. Calls that are running are stopped then.
+        Whatever the first call that failed raised, once the calls that were running have stopped.
     """
     if at_once == 0:
         return [function(*call, follow) for call in calls]
@@ -84,14 +85,27 @@ def run_tasks(
             take_reports()
         take_reports()
     finally:
-        for task in running:
-            ray.cancel(task, force=True)
-        ray.kill(board)
+        # Not ray.cancel: with force it can abort the driver (2.60: "Tried to complete task that was not pending").
+        while_ray_lives(lambda: _stop(board, list(running)))
     return [results[number] for number in range(len(calls))]
 
 
+def _stop(board: Any, running: list[Any]) -> None:
+    """Ends tasks at their next report and waits for that, so that whoever tidies up after them is alone."""
+    import ray
+
+    with contextlib.suppress(Exception):
+        ray.get(board.stop.remote(), timeout=5)
+        if running:
+            ray.wait(running, num_returns=len(running), timeout=60)
+        ray.kill(board)
+
+
 def _reporting(function: Callable[..., T], call: tuple[Any, ...], board: Any) -> T:
-    """In a task: reports go to the board, of each place twice a second at most, and the last one in any case."""
+    """In a task: reports go to the board, of each place twice a second at most, and the last one in any case. The board
+    may answer that the work is no longer wanted."""
+    import ray
+
     held: tuple[int, dict[str, float]] | None = None
     sent = 0.0
 
@@ -101,7 +115,8 @@ def _reporting(function: Callable[..., T], call: tuple[Any, ...], board: Any) ->
             board.report.remote(*held)
         held = (step, figures)
         if time.monotonic() - sent >= 0.5:
-            board.report.remote(*held)
+            if not ray.get(board.report.remote(*held)):
+                raise InterruptedError("another task has failed, or the job was interrupted")
             held, sent = None, time.monotonic()
 
     result = function(*call, report)

@@ -9,6 +9,7 @@ Then the whole corpus goes through Ray tasks, one a core; the memory of the larg
 one object, so memory that grew with an object would show.
 """
 
+import contextlib
 import json
 import statistics
 import tempfile
@@ -123,9 +124,10 @@ class Watched(threading.Thread):
 
     def run(self) -> None:
         while not self.done.wait(0.2):
-            for process in psutil.process_iter(["cmdline", "memory_info"]):
-                if "_reporting" in " ".join(process.info["cmdline"] or []) and process.info["memory_info"]:
-                    self.peak_bytes = max(self.peak_bytes, process.info["memory_info"].rss)
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has ended
+                    if "_reporting" in " ".join(process.cmdline()):
+                        self.peak_bytes = max(self.peak_bytes, process.memory_info().rss)
 
 
 def through_ray(directory: Path) -> tuple[float, int, dict[str, Any]]:

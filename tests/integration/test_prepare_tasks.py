@@ -92,8 +92,9 @@ def test_prepare_broken_object_in_a_task_is_named_and_nothing_is_left(tmp_path, 
 
 
 def prepare_processes():
-    """Workers of a Ray that run our tasks now."""
-    return [item for item in psutil.process_iter(["cmdline"]) if "_reporting" in " ".join(item.info["cmdline"] or [])]
+    """Workers of our own Ray that run our tasks now."""
+    ours = psutil.Process().children(recursive=True)
+    return [item for item in ours if item.is_running() and "_reporting" in " ".join(item.cmdline())]
 
 
 @pytest.fixture(scope="module")
