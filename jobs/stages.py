@@ -16,13 +16,13 @@ from cluster.errors import UserError
 from cluster.pretrained import load_tokenizer, locate, model_fingerprint
 from cluster.published import publish_directory, read_manifest
 from cluster.resources import physical_cores, threads_each
-from cluster.storage import LocalStorage, open_storage, split_uri
+from cluster.storage import LocalStorage, split_uri
 from cluster.tracking import tracking_uri
 from jobs.config import DistillConfig, RunConfig, StudentConfig
 from jobs.convert import convert_gguf
 from jobs.corpus import Source, find_sources
 from jobs.gather import gather_python_docs
-from jobs.label import label_store
+from jobs.label import all_there, introduce_teacher, label_store, over_common_columns
 from jobs.labels.access import access_without_teacher, label_access
 from jobs.ledger import stage_key
 from jobs.prepare import corpus_fingerprint, identity, is_small, prepare, train_tokenizer
@@ -35,6 +35,7 @@ from jobs.serve import ask_once
 from jobs.stage import Output, Run, Stage
 from jobs.tasks import run_task
 from jobs.train import default_threads, run_training, teacher_service
+from jobs.training.data import ExampleStore
 from jobs.training.plan import TeacherAccess, TrainPlan
 
 
@@ -203,13 +204,13 @@ def _label(run: Run, bar: Bar) -> Output:
     bar.start(None, "starting the teachers")
     with teacher_service(config.teacher, run.teacher_model, run.tokenizer, store, config) as (access, reason):
         bar.say(reason)
+        access = over_common_columns(access, config, run.storage, run.store_prefix)
         arguments = (config.label_root, run.storage, run.store_prefix, config.train.micro_batch)
         return label_store(access, *arguments, 2 * config.teacher.replicas, bar)
 
 
 def _labels_are_there(run: Run, output: Output) -> bool:
-    stored = open_storage(output["root"]).list(f"{output['prefix']}/")
-    return sum(item.size_bytes for item in stored) >= output["size_bytes"]
+    return all_there(output, ExampleStore(run.storage, run.store_prefix, "train"))
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -256,8 +257,11 @@ def _train(run: Run, bar: Bar) -> Output:
         if stored is None:
             bar.start(config.train.steps, "starting the teachers")
             arguments = (run.teacher_model, run.tokenizer, run.outputs["prepare"], config)
-            stored = stack.enter_context(teacher_service(config.teacher, *arguments))
-        access, reason = stored
+            access, reason = stack.enter_context(teacher_service(config.teacher, *arguments))
+            if "write" in config.distill.labels:
+                introduce_teacher(over_common_columns(access, config, run.storage, run.store_prefix), config.label_root)
+        else:
+            access, reason = stored
         bar.say(reason)
         return run_training(plan(access), run.cluster, bar, run.track(""))
 

@@ -1,5 +1,6 @@
 """Whether a training can do without its teacher: labels of every row that it will read."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from jobs.training.choice import choose_signal
 from jobs.training.data import ExampleStore, GlobalBatches
 from jobs.training.plan import LabelAccess, TeacherAccess
 from services.teacher.schema import TeacherDescription
+from services.teacher.signals import SignalSpec
 
 
 def label_access(config: RunConfig) -> LabelAccess | None:
@@ -23,6 +25,41 @@ def label_access(config: RunConfig) -> LabelAccess | None:
     if mode == "off":
         return None
     return LabelAccess(root=config.label_root, reads="read" in mode, writes="write" in mode)
+
+
+def signal_for(config: RunConfig, teacher: TeacherDescription, examples: ExampleStore) -> tuple[SignalSpec, str]:
+    """The signal that a training of this config asks a teacher for, over the columns that its student has too, and the
+    reason."""
+    spec, reason = choose_signal(config.distill, teacher)
+    student, columns = config.student, teacher.vocab_size
+    if student.model is not None:
+        columns = model_config(student.model).vocab_size
+    elif student.shape is not None:
+        own = examples.manifest["vocab_size"] if "model_type" in student.shape else teacher.vocab_size
+        columns = int(student.shape.get("vocab_size") or own)
+    return replace(spec, vocab_size=min(teacher.vocab_size, columns)), reason
+
+
+def model_config(model: str) -> Any:
+    """The text part of a model's Hugging Face config.
+
+    Raises:
+        ConfigError: it says neither vocabulary nor width.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(locate(model)).get_text_config()
+        _ = config.vocab_size, config.hidden_size
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"model {model}: its config does not say how large it is ({error})") from error
+    return config
+
+
+def is_of(teacher: TeacherDescription, model: str, dtype: str) -> bool:
+    """Whether a teacher is this model, in a dtype that will do."""
+    fingerprint = model_fingerprint(Path(locate(model)))
+    return teacher.fingerprint.startswith(f"{fingerprint}-") and dtype in ("auto", teacher.dtype)
 
 
 def access_without_teacher(
@@ -41,9 +78,9 @@ def access_without_teacher(
     examples = ExampleStore(storage, store, "train")
     found = []
     for description, spec in stored_teachers(root):
-        if not _is_of(description, model, config.teacher.dtype):
+        if not is_of(description, model, config.teacher.dtype):
             continue
-        wanted, reason = choose_signal(config.distill, description)
+        wanted, reason = signal_for(config, description, examples)
         rows, labelled = _rows_needed(config, examples), 0
         if canonical(wanted) == canonical(spec):
             labels = LabelStore(root, description.fingerprint, wanted, examples)
@@ -70,12 +107,6 @@ def access_without_teacher(
             f"{'; '.join(found) or 'none'}): run `raystill label` with this config, or set distill.labels=read_write"
         )
     return None
-
-
-def _is_of(description: TeacherDescription, model: str, dtype: str) -> bool:
-    """Whether a teacher is this model, in a dtype that will do."""
-    fingerprint = model_fingerprint(Path(locate(model)))
-    return description.fingerprint.startswith(f"{fingerprint}-") and dtype in ("auto", description.dtype)
 
 
 def _rows_needed(config: RunConfig, examples: ExampleStore) -> Any:

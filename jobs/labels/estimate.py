@@ -1,15 +1,12 @@
 """What labelling takes, before it begins: rows, teacher tokens, bytes."""
 
-from pathlib import Path
 from typing import Any
 
-from cluster.errors import ConfigError
-from cluster.pretrained import locate, model_fingerprint
 from cluster.storage import Storage, open_storage
 from jobs.config import RunConfig
+from jobs.labels.access import is_of, model_config, signal_for
 from jobs.labels.store import LabelStore, canonical
 from jobs.labels.teacher import stored_teachers
-from jobs.training.choice import choose_signal
 from jobs.training.data import ExampleStore
 from services.teacher.schema import TeacherDescription
 
@@ -24,19 +21,21 @@ def estimate_labels(config: RunConfig, storage: Storage, store: str, model: str)
     Returns:
         `rows` of the store, `missing` of them, `teacher_tokens`, `bytes` (at most), and `reason` for the signal.
     """
-    examples = ExampleStore(storage, store, "train")
-    description = _described(model)
-    spec, reason = choose_signal(config.distill, description)
+    assert config.teacher is not None
+    examples, root = ExampleStore(storage, store, "train"), open_storage(config.label_root)
+    sizes = model_config(model)
+    unloaded = TeacherDescription("", "", sizes.vocab_size, sizes.hidden_size, 0, 0, "")
+    spec, reason = signal_for(config, unloaded, examples)
     missing = len(examples)
-    for teacher, stored in stored_teachers(open_storage(config.label_root)):
-        if teacher.fingerprint.startswith(f"{description.fingerprint}-") and canonical(stored) == canonical(spec):
-            labels = LabelStore(open_storage(config.label_root), teacher.fingerprint, spec, examples)
+    for teacher, stored in stored_teachers(root):
+        if is_of(teacher, model, config.teacher.dtype) and canonical(stored) == canonical(spec):
+            labels = LabelStore(root, teacher.fingerprint, spec, examples)
             missing = min(missing, sum(len(labels.missing(shard["number"])) for shard in examples.shards))
     return {
         "rows": len(examples),
         "missing": missing,
         "reason": reason,
-        **cost(examples, missing, spec.bytes_per_position(description.hidden_size)),
+        **cost(examples, missing, spec.bytes_per_position(sizes.hidden_size)),
     }
 
 
@@ -49,16 +48,3 @@ def cost(examples: ExampleStore, rows: int, bytes_per_position: int) -> dict[str
 def cost_line(rows: int, cost: dict[str, int]) -> str:
     """The same for people."""
     return f"{rows:,} rows: {cost['teacher_tokens']:,} teacher tokens, at most {cost['bytes'] / 1e6:,.1f} MB of labels"
-
-
-def _described(model: str) -> TeacherDescription:
-    """A teacher by its config alone; its dtype and tokenizer are left open."""
-    from transformers import AutoConfig
-
-    directory = locate(model)
-    try:
-        config = AutoConfig.from_pretrained(directory).get_text_config()
-        sizes = (config.vocab_size, config.hidden_size)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"teacher {model}: its config does not say how wide it is ({error})") from error
-    return TeacherDescription(model_fingerprint(Path(directory)), "", *sizes, 0, 0, "")

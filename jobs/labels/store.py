@@ -13,6 +13,7 @@ takes the one whose key is first. Labels belong to shards, not to stores: a stor
 import hashlib
 import io
 import json
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,8 @@ from cluster.storage import Storage
 from jobs.labels.columns import columns_of, from_arrow, signal_of, to_arrow
 from jobs.training.data import ExampleStore, MicroBatch, RowId
 from services.teacher.signals import Signal, SignalSpec, cut, num_bytes
+
+logger = logging.getLogger(__name__)
 
 _GROUP_BYTES = 128 << 10
 """Of a row group: rows are read one by one, in any order."""
@@ -77,19 +80,26 @@ class LabelStore:
         teacher: fingerprint.
         spec: the signal.
         examples: whose rows are looked up.
+        looks: whether to look at once what is there; who only writes need not.
     """
 
-    def __init__(self, storage: Storage, teacher: str, spec: SignalSpec, examples: ExampleStore) -> None:
+    def __init__(
+        self, storage: Storage, teacher: str, spec: SignalSpec, examples: ExampleStore, looks: bool = True
+    ) -> None:
         self._storage, self._teacher, self.spec = storage, teacher, spec
         self.prefix = prefix_of(teacher, spec)
-        self._numbers = {shard["sha256"]: shard["number"] for shard in examples.shards}
-        self._names = {number: name for name, number in self._numbers.items()}
+        self._names = {shard["number"]: shard["sha256"] for shard in examples.shards}
+        self._numbers: dict[str, list[int]] = {}  # shards of the same content have the same labels
+        for number, name in self._names.items():
+            self._numbers.setdefault(name, []).append(number)
         self._places = {shard["number"]: np.full(shard["rows"], _NONE, np.int64) for shard in examples.shards}
         self._sizes: dict[str, int] = {}
+        self._looked_at: set[str] = set()
         self._keys: list[str] = []
         self._objects = ByteCache[ParquetObject](_FOOTERS, lambda item: 4 * item.metadata.serialized_size)
         self._lock = threading.Lock()
-        self.refresh()
+        if looks:
+            self.refresh()
 
     def __contains__(self, row: RowId) -> bool:
         return bool(self._places[row.shard][row.row] != _NONE)
@@ -103,33 +113,34 @@ class LabelStore:
         return sum(self._sizes.values())
 
     def refresh(self) -> None:
-        """Takes in what has been written since."""
+        """Takes in what has been written since. What is no file of labels is left out, with a warning."""
         with self._lock:
             listed = self._storage.list(f"{self.prefix}/")
             for item in listed:
-                if item.key.endswith(".parquet") and item.key not in self._sizes:
-                    self._take_in(item.key, item.size_bytes)
+                if item.key.endswith(".parquet") and item.key not in self._looked_at:
+                    try:
+                        self._take_in(item.key, item.size_bytes)
+                    except CorruptArtifact as error:  # its rows have no label
+                        logger.warning("labels are left out: %s", error)
+                    self._looked_at.add(item.key)
 
     def _take_in(self, key: str, size_bytes: int) -> None:
-        self._sizes[key] = size_bytes
-        metadata = self._object(key).metadata.metadata or {}
+        file = ParquetObject(self._storage, key, size_bytes)
         try:
-            rows = json.loads(metadata[_ROWS_KEY])
+            runs = json.loads((file.metadata.metadata or {})[_ROWS_KEY])
         except (KeyError, ValueError) as error:
             raise CorruptArtifact(f"{self._storage.uri}/{key}: not a file of labels; remove it") from error
-        number, row_in_file = len(self._keys), 0
+        self._sizes[key] = size_bytes
         self._keys.append(key)
-        for shard, first, last in rows:
-            places = self._places.get(self._numbers.get(shard, _NONE))
-            if places is not None:
-                mine = (number << 32) + row_in_file + np.arange(last - first)
+        number, row_in_file = len(self._keys) - 1, 0
+        comes_first = np.array([key < other for other in self._keys])
+        for shard, first, last in runs:
+            mine = (number << 32) + row_in_file + np.arange(last - first)
+            for places in (self._places[other] for other in self._numbers.get(shard, [])):
                 there = places[first:last]
-                places[first:last] = np.where((there == _NONE) | self._comes_first(key, there), mine, there)
+                replaces = (there == _NONE) | comes_first[np.maximum(there, 0) >> 32]
+                places[first:last] = np.where(replaces, mine, there)
             row_in_file += last - first
-
-    def _comes_first(self, key: str, places: np.ndarray) -> np.ndarray:
-        earlier = np.array([key < other for other in self._keys])
-        return earlier[np.maximum(places, 0) >> 32]
 
     def _object(self, key: str) -> ParquetObject:
         return self._objects.get(key, lambda: ParquetObject(self._storage, key, self._sizes[key]))

@@ -51,6 +51,9 @@ class TrainState:
     signal_bytes: int = 0
     teacher_s: float = 0.0
     """Time that replicas spent on the answers, added up."""
+    asked_tokens: int = 0
+    asked_positions: int = 0
+    """Of micro-batches that the teacher answered."""
     labelled_rows: int = 0
     """Rows whose signal was a stored label."""
     train_s: float = 0.0

@@ -4,6 +4,7 @@ Read `train` and `_train` first. What they lean on: `data` deals out rows, `pref
 is the maths, `workers` adds up over ranks, `checkpoint` makes stopping harmless.
 """
 
+import contextlib
 import logging
 import math
 import time
@@ -17,7 +18,7 @@ from cluster.language_model import OutputHead, choose_dtype, load_causal_lm, spl
 from cluster.logs import setup_logging
 from cluster.pretrained import load_tokenizer
 from cluster.published import publish_directory
-from cluster.storage import Storage, open_storage
+from cluster.storage import open_storage
 from jobs.config import TrainConfig
 from jobs.labels.teacher import StoredTeacher
 from jobs.scoring import TextScore, score_text, scored_hidden_states
@@ -45,10 +46,8 @@ def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, rep
     Returns:
         `{"status": "done" | "non_finite", "message": str, **TrainState}`, the same on every worker.
     """
-    storage, keep = open_storage(plan.storage), plan.train.keep_checkpoints
-    store = ExampleStore(storage, plan.store, "train")
-    with Checkpoints(storage, f"{plan.prefix}/checkpoints", keep, plan.decides(store.fingerprint)) as checkpoints:
-        return _train(plan, workers, teacher, report, storage, store, checkpoints)
+    with contextlib.ExitStack() as ending:  # stores what is on its way, however it ends
+        return _train(plan, workers, teacher, report, ending)
 
 
 def _train(
@@ -56,17 +55,18 @@ def _train(
     workers: Workers,
     teacher: TeacherAnswers | None,
     report: Report,
-    storage: Storage,
-    store: ExampleStore,
-    checkpoints: Checkpoints,
+    ending: contextlib.ExitStack,
 ) -> dict[str, Any]:
-    config = plan.train
+    config, storage = plan.train, open_storage(plan.storage)
+    store = ExampleStore(storage, plan.store, "train")
+    decides, keep = plan.decides(store.fingerprint), config.keep_checkpoints
+    checkpoints = ending.enter_context(Checkpoints(storage, f"{plan.prefix}/checkpoints", keep, decides))
     model, optimizer, state = _restore(plan, workers, checkpoints)
     body, student_head = split(model)
     batches = GlobalBatches(store, config.global_batch, config.seed)
     validation = ExampleStore(storage, plan.store, "validation")
     dtype = choose_dtype(config.precision, workers.device)  # of the products; weights and sums are float32
-    signals = Signals(plan, workers, teacher, student_head, dtype, store)
+    signals = ending.enter_context(Signals(plan, workers, teacher, student_head, dtype, store, state.step))
     objective = Objective(
         plan.distill.alpha if teacher else 1.0, plan.distill.temperature, plan.distill.divergence, plan.distill.jsd_beta
     )
@@ -128,7 +128,6 @@ def _train(
             report(state.step, metrics)
             if keeps:
                 checkpoints.save(model, optimizer, state)
-    signals.close()
     if workers.leads:
         checkpoints.wait()
         _publish(plan, model)
@@ -234,6 +233,8 @@ def _count(
     state.signal_bytes += int(sums.signal_bytes)
     state.teacher_s += sums.teacher_s
     state.labelled_rows += int(sums.labelled_rows)
+    state.asked_tokens += int(sums.asked_tokens)
+    state.asked_positions += int(sums.asked_positions)
     state.positions += int(sums.positions)
     state.train_s += seconds
     state.parts_s = {name: state.parts_s.get(name, 0.0) + part_s for name, part_s in parts.items()}
@@ -251,9 +252,12 @@ def _count(
             "train/agreement": sums.agreements / positions,
             "train/teacher_wait_s": wait_s,
             "train/retries": sums.retries,
-            "train/signal_bytes_per_position": sums.signal_bytes / positions,
             "train/labelled_share": sums.labelled_rows / max(1.0, sums.rows),
-            "teacher/tokens_per_s": sums.tokens / max(sums.teacher_s, 1e-9),
+        }
+    if sums.asked_positions:
+        metrics |= {
+            "train/signal_bytes_per_position": sums.signal_bytes / sums.asked_positions,
+            "teacher/tokens_per_s": sums.asked_tokens / max(sums.teacher_s, 1e-9),
         }
     return metrics
 

@@ -20,7 +20,8 @@ from services.teacher.signals import Signal, SignalSpec, num_bytes
 
 @dataclass(frozen=True)
 class _Asked:
-    """A micro-batch whose signal is on its way: as a stored label, or as an answer of the teacher."""
+    """A micro-batch whose signal is on its way: as a stored label, or as an answer of the teacher; with neither, a
+    label of it is expected."""
 
     batch: MicroBatch
     number: int
@@ -61,6 +62,9 @@ class Prefetch:
     received_bytes: int = 0
     teacher_s: float = 0.0
     """Time that replicas spent on the answers."""
+    asked_tokens: int = 0
+    asked_positions: int = 0
+    """Of micro-batches that the teacher answered."""
     labelled_rows: int = 0
     """Rows whose signal was a stored label."""
 
@@ -96,19 +100,25 @@ class Prefetch:
 
     def _ask(self, batch: MicroBatch, number: int, size: int) -> "_Asked":
         label = self.labels.find(batch) if self.labels is not None else None
-        answer = self.teacher.submit(self._request(batch, number)) if label is None else None
+        expected = label is not None or (self.labels is not None and self.labels.expects(batch))
+        answer = None if expected else self.teacher.submit(self._request(batch, number))
         return _Asked(batch, number, size, label, answer)
 
     def _answer(self, asked: "_Asked") -> Signal:
-        if asked.label is not None:
+        label = asked.label
+        if self.labels is not None and label is None and asked.answer is None:
+            label = self.labels.wait_for(asked.batch)
+        if label is not None:
             with contextlib.suppress(NotLabelled):  # asked of the teacher after all
-                signal = asked.label.result()
+                signal = label.result()
                 self.labelled_rows += len(asked.batch.row_ids)
                 return signal
         answer = asked.answer or self.teacher.submit(self._request(asked.batch, asked.number))
         reply = answer.result()
         self.received_bytes += num_bytes(reply.signal)
         self.teacher_s += reply.seconds
+        self.asked_tokens += len(asked.batch.token_ids)
+        self.asked_positions += len(asked.batch.positions)
         if self.labels is not None:
             self.labels.keep(asked.batch, reply.signal)
         return reply.signal

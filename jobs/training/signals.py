@@ -1,5 +1,6 @@
 """The teacher's side of a batch: asked ahead or looked up, and turned into something to compare the student with."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,9 +20,12 @@ from jobs.training.workers import StepSums, Workers
 from services.teacher.client import TeacherAnswers
 from services.teacher.signals import Signal
 
+logger = logging.getLogger(__name__)
+
 
 class Signals:
-    """One worker's signals. Does nothing without a teacher."""
+    """One worker's signals, from a first step on. Does nothing without a teacher. Use it as a context: the end keeps
+    the labels that have not been written."""
 
     def __init__(
         self,
@@ -31,9 +35,10 @@ class Signals:
         student_head: OutputHead,
         dtype: torch.dtype,
         store: ExampleStore,
+        first_step: int,
     ) -> None:
         self._teacher, self._workers, self._head, self._labels = teacher, workers, None, None
-        self._counted = (0, 0, 0.0, 0, 0.0, 0)
+        self._counted = (0, 0, 0.0, 0, 0.0, 0, 0, 0)
         if teacher is None or plan.teacher is None:
             return
         description = teacher.describe()
@@ -45,7 +50,7 @@ class Signals:
         if plan.labels is not None:
             labels = LabelStore(open_storage(plan.labels.root), description.fingerprint, spec, store)
             epoch_steps = -(-len(store) // plan.train.global_batch)
-            self._labels = Labels(labels, plan.labels.reads, plan.labels.writes, epoch_steps)
+            self._labels = Labels(labels, plan.labels.reads, plan.labels.writes, epoch_steps, first_step)
         window, asker = plan.teacher.window_bytes, f"worker{workers.rank}"
         self._prefetch = Prefetch(teacher, spec, size, window, asker, plan.train.seed, self._labels)
 
@@ -62,15 +67,23 @@ class Signals:
         if self._teacher is not None:
             counters = self._teacher.counters
             asked = self._prefetch
-            asked_s = (asked.waited_s, asked.received_bytes, asked.teacher_s, asked.labelled_rows)
-            now = (counters.calls, counters.retries, *asked_s)
+            answers = (asked.received_bytes, asked.teacher_s, asked.asked_tokens, asked.asked_positions)
+            now = (counters.calls, counters.retries, asked.waited_s, *answers, asked.labelled_rows)
             new = [after - before for after, before in zip(now, self._counted, strict=True)]
-            sums.teacher_calls, sums.retries = new[:2]
-            sums.teacher_wait_s, sums.signal_bytes, sums.teacher_s, sums.labelled_rows = new[2:]
+            sums.teacher_calls, sums.retries, sums.teacher_wait_s = new[:3]
+            sums.signal_bytes, sums.teacher_s, sums.asked_tokens, sums.asked_positions, sums.labelled_rows = new[3:]
             self._counted = now
         return sums
 
-    def close(self) -> None:
-        """Keeps what has not been written yet."""
-        if self._labels is not None:
+    def __enter__(self) -> "Signals":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self._labels is None:
+            return
+        try:
             self._labels.close()
+        except Exception as lost:
+            if error is None:
+                raise
+            logger.warning("some labels were not stored: %s", lost)

@@ -34,6 +34,9 @@ class StepSums:
     signal_bytes: float = 0.0
     teacher_s: float = 0.0
     """Time that replicas spent on the answers."""
+    asked_tokens: float = 0.0
+    asked_positions: float = 0.0
+    """Of micro-batches that the teacher answered."""
     labelled_rows: float = 0.0
     """Rows whose signal was a stored label."""
 

@@ -9,9 +9,9 @@ import pytest
 
 from cluster.errors import ConfigError, CorruptArtifact
 from cluster.storage import open_storage
-from jobs.config import DataConfig, RunConfig
+from jobs.config import DataConfig, RunConfig, StudentConfig
 from jobs.corpus import find_sources
-from jobs.labels.access import access_without_teacher
+from jobs.labels.access import access_without_teacher, signal_for
 from jobs.labels.columns import columns_of, from_arrow, signal_of, to_arrow
 from jobs.labels.store import Label, LabelStore, labels_of
 from jobs.labels.teacher import StoredTeacher, store_teacher
@@ -155,7 +155,7 @@ def test_labels_of_64_entries_take_no_more_than_on_the_wire(base, tmp_path, voca
     assert path.stat().st_size <= 16 * length * spec.bytes_per_position(0)
 
 
-def test_a_damaged_object_is_named(base, labels, tmp_path):
+def test_a_damaged_object_is_named_and_its_rows_are_asked_again(base, labels, tmp_path, caplog):
     written = labels_of(*answered(base, TOPK)[0])
     labels.write(written)
     labels.refresh()
@@ -165,9 +165,18 @@ def test_a_damaged_object_is_named(base, labels, tmp_path):
     path.write_bytes(data)
     with pytest.raises(CorruptArtifact, match=path.name):
         [labels.read(label.row) for label in written]
+    batch, signal = answered(base, TOPK)[0]
+    teacher = InProcessTeacher(base[1])
+    kept = Labels(labels, reads=True, writes=True, epoch_steps=9)
+    asking = Prefetch(teacher, TOPK, 100, 1 << 20, "w", labels=kept)
+    [(_, again)] = asking.pairs(iter([batch]))
+    assert same(again, signal)
+    assert (teacher.counters.calls, asking.labelled_rows) == (1, 0)
+    kept.close()
     path.write_bytes(data[:100])
-    with pytest.raises(CorruptArtifact, match="not a whole parquet"):
-        LabelStore(open_storage(str(tmp_path)), base[1].describe().fingerprint, TOPK, base[2])
+    again = LabelStore(open_storage(str(tmp_path)), base[1].describe().fingerprint, TOPK, base[2])
+    assert "not a whole parquet" in caplog.text
+    assert written[0].row not in again
 
 
 @pytest.mark.parametrize("global_batch", [8, 7])
@@ -206,14 +215,42 @@ def test_an_answer_that_another_worker_writes_is_waited_for(base, labels, tmp_pa
     other = LabelStore(open_storage(str(tmp_path)), base[1].describe().fingerprint, TOPK, base[2])
     mine = Labels(labels, reads=True, writes=True, epoch_steps=1)
     theirs = Labels(other, reads=True, writes=True, epoch_steps=1)
-    assert mine.find(batch) is None  # the first epoch: nobody has asked yet
-    waiting = mine.find(replace(batch, step=1))
-    assert waiting is not None
-    assert not waiting.done()
-    theirs.keep(batch, signal)
-    assert same(waiting.result(30), signal)
+    assert not mine.expects(batch)  # the first epoch: nobody has asked yet
+    assert not Labels(labels, reads=True, writes=True, epoch_steps=1, first_step=1).expects(replace(batch, step=1))
+    later = replace(batch, step=1)
+    assert mine.expects(later)
+    assert mine.find(later) is None
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(mine.wait_for, later)
+        theirs.keep(batch, signal)
+        assert same(waiting.result(30).result(30), signal)
     mine.close()
     theirs.close()
+
+
+def test_an_answer_that_nobody_writes_is_asked_for_after_one_wait(base, labels, monkeypatch):
+    monkeypatch.setattr("jobs.training.labelled._PATIENCE_S", 0.5)
+    first, second = [replace(batch, step=step) for step, (batch, _) in enumerate(answered(base, TOPK)[:2], 5)]
+    teacher = InProcessTeacher(base[1])
+    kept = Labels(labels, reads=True, writes=True, epoch_steps=1)
+    asking = Prefetch(teacher, TOPK, 100, 1 << 20, "w", labels=kept)
+    assert len(list(asking.pairs(iter([first, second])))) == 2
+    assert teacher.counters.calls == 2
+    assert asking.waited_s < 30
+    kept.close()
+
+
+def test_labels_are_over_the_columns_that_both_models_have(base):
+    config, described = run_config(base), base[1].describe()
+
+    def columns(**student):
+        return signal_for(config.replace(student=StudentConfig(**student)), described, base[2])[0].vocab_size
+
+    assert columns(shape={"num_hidden_layers": 1}) == columns(from_teacher={"layers": [0]}) == 320
+    assert columns(shape={"vocab_size": 300}) == 300
+    assert columns(shape={"vocab_size": 999}) == 320
+    assert columns(model=config.teacher.model) == 320
+    assert columns(shape={"model_type": "llama"}) == base[2].manifest["vocab_size"]
 
 
 def test_stored_teacher_is_the_one_that_answered(base, tmp_path):
