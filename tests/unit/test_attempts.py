@@ -102,13 +102,18 @@ def test_attempts_slower_than_the_least_rate_are_ended_and_their_threads_stopped
         unblocked = threading.Event()
         progress.on_cancel(unblocked.set)
         progress.begin(10_000)
-        while not unblocked.wait(0.05):
-            progress.move(5)  # 100 bytes a second, never silent for long
-        stopped.append(1)
+        try:
+            while not unblocked.wait(0.05):
+                progress.move(5)  # 100 bytes a second, never silent for long
+        finally:  # reached by the event or by the error that `move` raises, whichever comes first
+            stopped.append(1)
         progress.move(5)
 
     with pytest.raises(StorageError, match=r"0 kB/s over 0 s, the least is 1 kB/s; gave up after 2 attempts"):
         Attempts("get 'k'", LIMITS, again).run(attempt)
+    end = time.monotonic() + 20
+    while len(stopped) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
     assert len(stopped) == 2
 
 
