@@ -1,8 +1,8 @@
 """Stored answers of the teacher: `python -m tests.benchmarks.labels`.
 
 One training goes through its corpus twice with `labels: read_write`: the first time it asks the teacher and keeps what
-it says, the second time it reads that. Beside it another one reads labels from local files from its first step. Top-64;
-where an S3 server for tests is installed the first one keeps its labels there.
+it says, the second time it reads that. Beside it another one reads the same labels from its first step. Top-64, in
+local files.
 """
 
 import tempfile
