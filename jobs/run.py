@@ -39,6 +39,8 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
     storage = open_storage(config.storage)
     ledger = Ledger(storage, config.name)
     check_config(config)
+    if "label" in (only or ()):
+        _check_distils(config)
     this = Run(config, storage)
     stages = [stage for stage in ALL_STAGES if stage.decides or stage.applies(this)]
     while stages and _take_if_done(this, ledger, stages[0]):
@@ -85,8 +87,7 @@ def estimate_labels_of(config: RunConfig) -> dict[str, Any]:
 
     this = Run(config, open_storage(config.storage))
     ledger = Ledger(this.storage, config.name)
-    if not config.distils:
-        raise ConfigError("label: this config asks no teacher; set teacher and distill.alpha below 1")
+    _check_distils(config)
     assert config.teacher is not None
     prepare, teacher = ALL_STAGES[:2]
     if not _take_if_done(this, ledger, prepare):
@@ -98,6 +99,11 @@ def estimate_labels_of(config: RunConfig) -> dict[str, Any]:
     if model is None:
         raise ConfigError(f"label: the teacher is not made yet in {this.storage.uri}; `raystill label` makes it first")
     return estimate_labels(config, this.storage, this.store_prefix, model)
+
+
+def _check_distils(config: RunConfig) -> None:
+    if not config.distils:
+        raise ConfigError("label: this config asks no teacher; set teacher and distill.alpha below 1")
 
 
 def _take_if_done(this: Run, ledger: Ledger, stage: Stage) -> bool:

@@ -28,7 +28,7 @@ class NotLabelled(LookupError):
 
 
 class Labels:
-    """What one worker reads from a label store and writes to it. `close` it.
+    """What one worker reads from a label store and writes to it; `close` writes what is left.
 
     Args:
         reads: whether labels are looked for.

@@ -1,5 +1,6 @@
 """Labels: the same records as the wire, read again row by row; no row without one, none twice, nothing half-written."""
 
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -309,3 +310,17 @@ def test_training_does_without_a_teacher_only_when_labels_cover_what_it_reads(ba
         assert f"all {len(examples)} rows" in reason
     with pytest.raises(ConfigError, match=r"topk at T=2.0: 0 of"):
         access(labels="read", temperature=1.5)  # the tail's mass at 1.5 is not known
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_label_without_a_teacher_to_ask_is_refused(base, tmp_path, command, options):
+    root = base[0].uri.removeprefix("file://")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"name: none\ndata: {{sources: [{root}/in]}}\nteacher: {{model: {root}/teacher}}\n"
+        "student: {shape: {num_hidden_layers: 1}}\ndistill: {alpha: 1}\ntrain: {steps: 1, global_batch: 4}\n"
+    )
+    done = subprocess.run([*command, "label", str(config), *options], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "this config asks no teacher" in done.stderr
+    assert not (tmp_path / "runs").exists()
