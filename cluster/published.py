@@ -1,6 +1,7 @@
 """Published directories: files in object storage with a manifest that is written last and names each by its hash.
 
-What has no manifest does not exist; what differs from it is refused. The hash of the manifest is the identity of all.
+What has no manifest does not exist; what differs from it is refused. The hash of the manifest is the identity of all;
+it stands in the manifest too, so that damage to the manifest itself is found.
 """
 
 import contextlib
@@ -33,22 +34,35 @@ def publish_directory(directory: Path, storage: Storage, prefix: str, **facts: A
         name = path.relative_to(directory).as_posix()
         files[name] = {"sha256": file_sha256(path), "size_bytes": path.stat().st_size}
         storage.upload(path, f"{prefix}/{name}")
-    manifest = {**facts, "files": files}
-    storage.write_json(f"{prefix}/{MANIFEST}", manifest)
-    return manifest
+    return write_manifest(storage, prefix, {**facts, "files": files})
+
+
+def write_manifest(storage: Storage, prefix: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Stores a manifest with its own hash, as `sha256`, and returns it so; what lies below `prefix` exists then."""
+    sealed = {**manifest, "sha256": manifest_sha256(manifest)}
+    storage.write_json(f"{prefix}/{MANIFEST}", sealed)
+    return sealed
 
 
 def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
-    """The manifest of a published directory, or None if nothing whole is there."""
+    """The manifest of a published directory, or None if nothing whole is there.
+
+    Raises:
+        CorruptArtifact: it is not what was written.
+    """
     try:
-        return storage.read_json(f"{prefix}/{MANIFEST}")
+        manifest = storage.read_json(f"{prefix}/{MANIFEST}")
     except FileNotFoundError:
         return None
+    if not isinstance(manifest, dict) or manifest.get("sha256") not in (None, manifest_sha256(manifest)):
+        raise CorruptArtifact(f"{storage.uri}/{prefix}/{MANIFEST} is damaged (not its own sha256)")
+    return manifest
 
 
 def manifest_sha256(manifest: dict[str, Any]) -> str:
     """The identity of a published directory: the hash of its manifest, and so of all its bytes."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def fetch_directory(storage: Storage, prefix: str, into: Path) -> dict[str, Any]:
@@ -56,12 +70,13 @@ def fetch_directory(storage: Storage, prefix: str, into: Path) -> dict[str, Any]
 
     Raises:
         FileNotFoundError: there is no manifest.
-        CorruptArtifact: a file is missing, has another hash, or has a name that leaves the directory.
+        CorruptArtifact: the manifest is damaged; a file is missing, has another hash, or has a name that leaves the
+            directory.
     """
     manifest = read_manifest(storage, prefix)
     if manifest is None:
         raise FileNotFoundError(f"{storage.uri}/{prefix}: no {MANIFEST}")
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    if not isinstance(manifest.get("files"), dict):
         raise CorruptArtifact(f"{storage.uri}/{prefix}: its {MANIFEST} names no files")
     into.mkdir(parents=True, exist_ok=True)
     for name, expected in manifest["files"].items():

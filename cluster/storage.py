@@ -128,7 +128,7 @@ class Storage(ABC):
     def read_json(self, key: str) -> Any:
         try:
             return json.loads(self.read(key))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CorruptArtifact(f"{self.uri}/{key} is not valid JSON ({error}); delete it and run again") from error
 
     def write_json(self, key: str, value: Any) -> None:

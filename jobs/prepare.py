@@ -20,7 +20,7 @@ from typing import Any
 from cluster.config import fingerprint
 from cluster.errors import CorpusError, UserError
 from cluster.pretrained import load_tokenizer, tokenizer_fingerprint
-from cluster.published import MANIFEST, publish_directory, read_manifest
+from cluster.published import MANIFEST, publish_directory, read_manifest, write_manifest
 from cluster.storage import Storage
 from jobs.config import DataConfig
 from jobs.corpus import Source, check_endings, read_documents
@@ -133,7 +133,7 @@ def prepare(
         if was_empty:
             storage.delete(f"{prefix}/")
         raise
-    storage.write_json(f"{prefix}/{MANIFEST}", manifest)
+    manifest = write_manifest(storage, prefix, manifest)
     for item in storage.list(f"{prefix}/"):
         if item.key.removeprefix(f"{prefix}/") not in kept:
             storage.delete(item.key)

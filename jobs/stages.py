@@ -12,11 +12,11 @@ from typing import Any
 
 from cluster.champions import database_url, find_champion
 from cluster.config import fingerprint
-from cluster.errors import UserError
+from cluster.errors import CorruptArtifact, UserError
 from cluster.pretrained import load_tokenizer, locate, model_fingerprint
 from cluster.published import publish_directory, read_manifest
 from cluster.resources import physical_cores, threads_each
-from cluster.storage import LocalStorage, split_uri
+from cluster.storage import LocalStorage, Storage, split_uri
 from cluster.tracking import tracking_uri
 from jobs.config import DistillConfig, RunConfig, StudentConfig
 from jobs.convert import convert_gguf
@@ -42,11 +42,17 @@ from jobs.training.plan import TeacherAccess, TrainPlan
 def _is_whole(uri: str) -> bool:
     """Whether a published directory has its manifest and every file that it names."""
     storage, name = split_uri(uri)
-    manifest = read_manifest(storage, name)
+    manifest = _undamaged_manifest(storage, name)
     if manifest is None or "files" not in manifest:
         return False
     sizes = {item.key: item.size_bytes for item in storage.list(f"{name}/")}
     return all(sizes.get(f"{name}/{file}") == facts["size_bytes"] for file, facts in manifest["files"].items())
+
+
+def _undamaged_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
+    with contextlib.suppress(CorruptArtifact):
+        return read_manifest(storage, prefix)
+    return None
 
 
 # --- prepare: corpus, tokenizer, example store --------------------------------------------------------------------
@@ -128,7 +134,7 @@ def _tokenizer(run: Run, sources: list[Source], prefix: str, bar: Bar) -> str:
 
 
 def _prepare_is_there(run: Run, output: Output) -> bool:
-    manifest = read_manifest(run.storage, output["store"])
+    manifest = _undamaged_manifest(run.storage, output["store"])
     sizes = {item.key: item.size_bytes for item in run.storage.list(f"{output['store']}/")}
     return (
         manifest is not None

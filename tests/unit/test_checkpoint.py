@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what is refused, and that an upload beside the training loses nothing."""
 
+import random
 import threading
 
 import pytest
@@ -176,6 +177,41 @@ def test_checkpoint_that_was_half_removed_or_half_stored_goes_with_the_next(stor
         checkpoints.save(*trained(2))
     assert not storage.list("c/step-00000001/")
     assert checkpoints.steps() == [2]
+
+
+def test_checkpoint_damaged_in_any_way_is_skipped_for_the_one_before(storage, scratch, caplog):
+    with Checkpoints(storage, "c", 2, CONFIG) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(*trained(step))
+    newest = storage.root / "c/step-00000002"
+    paths = sorted(path for path in newest.rglob("*") if path.is_file())
+    assert [path.name for path in paths] == ["manifest.json", "weights.pt", "optimizer.safetensors", "state.json"]
+    chance = random.Random(0)
+    for number in range(200):
+        path = paths[number % len(paths)]
+        good = path.read_bytes()
+        kind = ("flip", "flip", "cut", "empty", "zeroes", "other", "gone")[number // len(paths) % 7]
+        if kind == "gone":
+            path.unlink()
+        elif kind == "flip":
+            bad = bytearray(good)
+            bad[chance.randrange(len(good))] ^= 1 << chance.randrange(8)
+            path.write_bytes(bad)
+        elif kind == "zeroes":
+            start = chance.randrange(len(good))
+            length = chance.randrange(1, len(good) - start + 1)
+            path.write_bytes(good[:start] + bytes(length) + good[start + length :])
+        else:
+            other = newest.parent / "step-00000001" / path.relative_to(newest)
+            cut = chance.randrange(len(good))
+            path.write_bytes({"cut": good[:cut], "empty": b"", "other": other.read_bytes()}[kind])
+        damaged = not path.exists() or path.read_bytes() != good
+        caplog.clear()
+        found = checkpoints.fetch()
+        assert found.state.step == (1 if damaged else 2), (kind, path.name)
+        assert torch.equal(weights_of(found), torch.full((2, 2), float(found.state.step)))
+        assert ("step 2 is skipped" in caplog.text) == (damaged and paths[0].exists())
+        path.write_bytes(good)
 
 
 def test_checkpoint_of_another_config_is_refused_with_both_values(storage, scratch):

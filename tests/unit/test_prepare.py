@@ -166,7 +166,7 @@ def test_store_every_flipped_bit_in_a_shard_is_noticed(tmp_path, tokenizer_uri):
     shard = next(item for item in manifest["shards"] if item["split"] == "train")
     path = tmp_path / "root/store/x" / shard["key"]
     good = path.read_bytes()
-    for place in np.random.default_rng(0).integers(0, len(good), 20):
+    for place in np.random.default_rng(0).integers(0, len(good), 60):
         bad = bytearray(good)
         bad[place] ^= 1 << int(place % 8)
         path.write_bytes(bad)
