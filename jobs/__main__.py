@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,21 +54,18 @@ def prepare(
         _stages(config, overrides, as_json, ("prepare",))
         return
 
-    def work() -> None:
+    def estimated() -> tuple[dict[str, Any], str]:
         from jobs.preparing.estimate import estimate
         from jobs.progress import ConsoleProgress
 
         found = estimate(_load(config, overrides), ConsoleProgress(quiet=True).stage("prepare"))
-        if as_json:
-            typer.echo(json.dumps(found, sort_keys=True))
-            return
-        typer.echo(f"{found['objects']:,} objects, {found['bytes']:,} bytes")
-        typer.echo(
+        return found, (
+            f"{found['objects']:,} objects, {found['bytes']:,} bytes\n"
             f"about {found['documents']:,} documents and {found['tokens']:,} tokens, "
             f"by a sample of {found['sampled_bytes']:,} bytes; nothing was written"
         )
 
-    _guard(work, as_json)
+    _dry_run(estimated, as_json)
 
 
 @app.command()
@@ -84,18 +82,15 @@ def label(
         _stages(config, [*(overrides or []), "distill.labels=read"], as_json, ("teacher", "label"))
         return
 
-    def work() -> None:
+    def estimated() -> tuple[dict[str, Any], str]:
         from jobs.labels.estimate import cost_line
         from jobs.run import estimate_labels_of
 
         found = estimate_labels_of(_load(config, overrides))
-        if as_json:
-            typer.echo(json.dumps(found, sort_keys=True))
-            return
-        typer.echo(found["reason"])
-        typer.echo(f"{cost_line(found['missing'], found)}; {found['rows'] - found['missing']:,} rows have one already")
+        there = f"{found['rows'] - found['missing']:,} rows have one already"
+        return found, f"{found['reason']}\n{cost_line(found['missing'], found)}; {there}"
 
-    _guard(work, as_json)
+    _dry_run(estimated, as_json)
 
 
 @app.command()
@@ -190,6 +185,16 @@ def _stages(config: Path, overrides: list[str] | None, as_json: bool, only: tupl
         if only is None and not as_json:
             typer.echo(f"The student: {summary['stages']['train']['model']}")
             typer.echo(f"Keep the endpoint up:  {shlex.join([_program(), 'serve', str(config), *(overrides or [])])}")
+
+    _guard(work, as_json)
+
+
+def _dry_run(estimated: Callable[[], tuple[dict[str, Any], str]], as_json: bool) -> None:
+    """Prints an estimate: its figures, or the same for people."""
+
+    def work() -> None:
+        figures, text = estimated()
+        typer.echo(json.dumps(figures, sort_keys=True) if as_json else text)
 
     _guard(work, as_json)
 
