@@ -235,9 +235,8 @@ def test_storage_objects_of_several_parts(storage, tmp_path, monkeypatch):
         assert not left.get("Uploads")
 
 
+@pytest.mark.parametrize("storage", ["s3"], indirect=True)
 def test_storage_delete_removes_what_a_killed_upload_left(storage):
-    if isinstance(storage, LocalStorage):
-        pytest.skip("a local writer leaves a file that is not listed, in the directory")
     for key in ("d/x", "dd/x"):
         storage.client.create_multipart_upload(Bucket=storage.bucket, Key=f"{storage.prefix}/{key}")
     storage.delete("d")
@@ -332,9 +331,8 @@ def test_split_uri_gives_parent_and_name(tmp_path):
     assert (parent.root, name) == (tmp_path / "a", "b.json")
 
 
-def test_s3_wrong_bucket_is_one_line(storage, tmp_path):
-    if isinstance(storage, LocalStorage):
-        pytest.skip("a question to S3 only")
+@pytest.mark.parametrize("storage", ["s3"], indirect=True)
+def test_s3_wrong_bucket_is_one_line(storage):
     with pytest.raises(StorageError, match="NoSuchBucket"):
         open_storage("s3://missing/x").check_writable()
 
