@@ -3,58 +3,18 @@
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from tests import tiny
+from tests.command_line import COMMAND, COMPUTES, environment, free_port, last_json, rays_below, raystill
 
 pytestmark = pytest.mark.integration
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def raystill(*arguments, cwd, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "jobs", *map(str, arguments)],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        **options,
-    )
-
-
-def environment():
-    root = str(Path(__file__).parents[2])
-    return {**os.environ, "PYTHONPATH": root, "COLUMNS": "120"}
-
-
-def last_json(text):
-    return json.loads(text.strip().splitlines()[-1])
-
-
-def rays_below(directory, names=("ray",)):
-    """Ray processes of these names that still run and were started from a working directory."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if any(name in process.name() for name in names) and process.cwd() == str(directory):
-                found.append(process.pid)
-        except psutil.Error:
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +132,7 @@ def test_demo_serve_answers_the_openai_client_until_interrupted(demo):
     directory, overrides, _ = demo
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "jobs", "serve", str(CONFIGS / "demo.yaml"), *overrides, f"serve.port={port}"],
+        [*COMMAND, "serve", str(CONFIGS / "demo.yaml"), *overrides, f"serve.port={port}"],
         cwd=directory,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -258,7 +218,7 @@ def test_run_interrupted_in_training_says_so_and_leaves_nothing_running(small, n
     """Ctrl-C for the driver alone; SIGTERM for its whole process group, Ray's own processes included."""
     storage = small / f"interrupted-{code}"
     process = subprocess.Popen(
-        [sys.executable, "-m", "jobs", "run", "small.yaml", f"storage={storage}", f"serve.port={free_port()}"],
+        [*COMMAND, "run", "small.yaml", f"storage={storage}", f"serve.port={free_port()}"],
         cwd=small,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -280,7 +240,7 @@ def test_run_interrupted_in_training_says_so_and_leaves_nothing_running(small, n
     assert time.monotonic() - started < 45
     assert train_figures(storage)["status"] == "interrupted"
     end = time.monotonic() + 20
-    while rays_below(small, ("RayTrainWorker", "TrainController", "ServeReplica")):
+    while rays_below(small, COMPUTES):
         assert time.monotonic() < end, "workers or replicas outlived the interrupted run"
         time.sleep(0.2)
 
@@ -289,7 +249,7 @@ def test_run_killed_in_training_and_run_again_sees_the_rows_of_an_unbroken_run(s
     for name in ("whole", "broken"):
         prepared = raystill("prepare", "small.yaml", f"storage={small / name}", cwd=small, timeout=120)
         assert prepared.returncode == 0, prepared.stderr
-    command = [sys.executable, "-m", "jobs", "train", "small.yaml", f"storage={small / 'broken'}"]
+    command = [*COMMAND, "train", "small.yaml", f"storage={small / 'broken'}"]
     process = subprocess.Popen(
         command, cwd=small, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -301,7 +261,7 @@ def test_run_killed_in_training_and_run_again_sees_the_rows_of_an_unbroken_run(s
     process.kill()
     process.wait()
     end = time.monotonic() + 20  # all that compute or write are gone by then; Ray's own agents take a minute
-    while rays_below(small, ("RayTrainWorker", "TrainController", "ServeReplica")):
+    while rays_below(small, COMPUTES):
         assert time.monotonic() < end, "workers or replicas outlived the killed run"
         time.sleep(0.2)
     assert not list((small / "broken").glob("student/*/checkpoints/step-00000300/manifest.json"))
