@@ -41,7 +41,8 @@ class ObjectInfo:
 
 @dataclass
 class Traffic:
-    """What went through one storage object so far. Ranged reads of an open local file are not counted."""
+    """What went through one storage object so far, or all of this process (`of_process`). Ranged reads of an open local
+    file are not counted."""
 
     read_bytes: int = 0
     written_bytes: int = 0
@@ -51,13 +52,15 @@ class Traffic:
 
     def count(self, read_bytes: int = 0, written_bytes: int = 0, seconds: float = 0.0, retries: int = 0) -> None:
         with _counting:
-            self.read_bytes += read_bytes
-            self.written_bytes += written_bytes
-            self.seconds += seconds
-            self.retries += retries
+            for traffic in (self, of_process):
+                traffic.read_bytes += read_bytes
+                traffic.written_bytes += written_bytes
+                traffic.seconds += seconds
+                traffic.retries += retries
 
 
 _counting = threading.Lock()
+of_process = Traffic()
 
 
 class Storage(ABC):

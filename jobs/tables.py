@@ -61,7 +61,7 @@ def _note(stage: dict[str, Any]) -> str:
             note += f", {stage['teacher_calls']:,} teacher calls, waited {stage['teacher_wait_s']:.1f} s"
         if stage.get("labelled_rows"):
             note += f", {stage['labelled_rows']:,} rows from labels"
-        return "\n".join([note, *_where_time_goes(stage)])
+        return "\n".join([note, *_where_it_goes(stage)])
     if "documents" in stage:
         return f"{stage['documents']:,} documents, {stage['rows']['train']:,} + {stage['rows']['validation']:,} rows"
     if "labelled" in stage:
@@ -73,12 +73,15 @@ def _note(stage: dict[str, Any]) -> str:
     return ""
 
 
-def _where_time_goes(stage: dict[str, Any]) -> list[str]:
-    """What a record of an older version does not have."""
+def _where_it_goes(stage: dict[str, Any]) -> list[str]:
+    """Time and bytes; a record of an older version does not have them all."""
     lines = []
     if stage.get("teacher_tokens_per_s"):
         per_replica, size_b = stage["teacher_tokens_per_s"], stage["signal_bytes_per_position"]
         lines.append(f"a replica scored {per_replica:,.0f} tokens/s, {size_b:,.0f} bytes per position")
+    if "store_read_bytes" in stage:
+        read, written, retries = (stage[f"store_{what}"] for what in ("read_bytes", "written_bytes", "retries"))
+        lines.append(f"storage: {size(read)} read, {size(written)} written, {retries:,} attempts repeated")
     parts_s = stage.get("parts_s", {})
     if total := sum(parts_s.values()):
         lines.append("time: " + ", ".join(f"{name} {parts_s.get(name, 0) / total:.0%}" for name in PARTS))

@@ -8,6 +8,7 @@ with FaultProxy(port) as proxy:
 
 import contextlib
 import http.client
+import random
 import socket
 import struct
 import threading
@@ -33,6 +34,8 @@ class Fault:
 
     mode: Literal["error", "latency", "reset", "lose", "cut", "empty", "trickle"]
     times: int = 1
+    share: float = 1.0
+    """Of the requests that match, which of them by chance."""
     after_requests: int = 0
     """Requests that match and are spared first."""
     method: str = ""
@@ -53,6 +56,7 @@ class FaultProxy:
         self.fired: Counter[str] = Counter()
         self.requests: list[str] = []
         self._faults: list[Fault] = []
+        self._chance = random.Random(0)
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"proxy": self, "server_port": server_port})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -87,6 +91,8 @@ class FaultProxy:
                     continue
                 if fault.after_requests > 0:
                     fault.after_requests -= 1
+                    continue
+                if self._chance.random() >= fault.share:
                     continue
                 fault.times -= 1
                 self.fired[fault.mode] += 1

@@ -56,6 +56,10 @@ class TrainState:
     """Of micro-batches that the teacher answered."""
     labelled_rows: int = 0
     """Rows whose signal was a stored label."""
+    store_read_bytes: int = 0
+    store_written_bytes: int = 0
+    store_retries: int = 0
+    """Of rows, labels and checkpoints, over all workers."""
     train_s: float = 0.0
     parts_s: dict[str, float] = field(default_factory=dict)
     """What `train_s` went into, on the leading worker (`timing.PARTS`)."""

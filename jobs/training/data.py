@@ -188,6 +188,11 @@ class GlobalBatches:
         self._orders: dict[int, np.ndarray] = {}
         self._waited_s = 0.0
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return len(self._store)
+
     def take_waited_s(self) -> float:
         """Time that `micro_batches` has waited for the store since the last call."""
         waited_s, self._waited_s = self._waited_s, 0.0

@@ -39,6 +39,10 @@ class StepSums:
     """Of micro-batches that the teacher answered."""
     labelled_rows: float = 0.0
     """Rows whose signal was a stored label."""
+    store_read_bytes: float = 0.0
+    store_written_bytes: float = 0.0
+    store_retries: float = 0.0
+    """Of everything that the workers read and wrote meanwhile: rows, labels, checkpoints."""
 
     def add(self, batch: MicroBatch, loss: LossParts) -> None:
         self.loss += loss.total.item()
