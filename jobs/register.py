@@ -37,7 +37,7 @@ def register(
         parent, name = split_uri(artefact["uri"])
         with tempfile.TemporaryDirectory(prefix="raystill-register-") as local:
             made = fetch_directory(parent, name, Path(local))
-            known = {key: value for key, value in made.items() if key != "files"}
+            known = {key: value for key, value in made.items() if key not in ("files", "sha256")}
             every = {**known, **facts, "model_name": model_name, "measured": artefact["measured"]}
             prefix = f"registry/{model_name}/{scheme}-{fingerprint([made['files'], every])}"
             manifest = read_manifest(storage, prefix) or publish_directory(Path(local), storage, prefix, **every)
