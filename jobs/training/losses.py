@@ -101,9 +101,15 @@ class _ChunkedLoss(torch.autograd.Function):
         sums = torch.zeros(3, dtype=torch.float64, device=hidden_ND.device)
         gradient_of = _stepwise if fused is None else partial(_fused, fused)
         chunk, block = (_rows(elements, vocab_size) for elements in (_CHUNK_ELEMENTS, _BLOCK_ELEMENTS))
+        raw_cV = hidden_ND.new_empty(min(chunk, num_positions), vocab_size)  # these two serve every chunk
+        part_VD = torch.empty_like(weight)
         for start in range(0, num_positions, chunk):
             hidden_nD = hidden_ND[start : start + chunk]
-            raw_nV = torch.nn.functional.linear(hidden_nD, weight, bias)
+            raw_nV = raw_cV[: len(hidden_nD)]
+            if bias is None:
+                torch.mm(hidden_nD, weight.T, out=raw_nV)
+            else:
+                torch.addmm(bias, hidden_nD, weight.T, out=raw_nV)
             for first in range(start, start + len(hidden_nD), block):
                 raw_mV = raw_nV[first - start : first - start + block]
                 # Overwritten with its own gradient: what products need it for is then in place, in their dtype.
@@ -111,7 +117,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     gradient_of(head, raw_mV, targets_N[first : first + len(raw_mV)], first, teacher, objective, sums)
                 )
             torch.mm(raw_nV, weight, out=grad_hidden[start : start + chunk])
-            part_VD = raw_nV.T @ hidden_nD
+            torch.mm(raw_nV.T, hidden_nD, out=part_VD)
             if start == 0:
                 grad_weight.copy_(part_VD)
             else:

@@ -8,6 +8,7 @@ Efficiency: answers per second of workers that only take answers, over what the 
 the share of time that workers wait whose own step is so long that the teacher has a fifth to spare.
 """
 
+import threading
 import time
 from typing import Any
 
@@ -38,10 +39,12 @@ class PausingTeacher:
         ids = np.sort(rng.integers(0, SPEC.vocab_size, (POSITIONS, SPEC.top_k)), axis=1)
         logprobs = -rng.random((POSITIONS, SPEC.top_k), np.float32)
         self._signal = TopkSignal.of(ids, logprobs, -np.ones((POSITIONS, 1), np.float32), SPEC)
+        self._model = threading.Lock()
         self._merger = Merger(self._score, POSITIONS)  # one request is a batch
 
     def _score(self, requests: list[ScoreRequest]) -> list[ScoreReply]:
-        time.sleep(BATCH_S)
+        with self._model:
+            time.sleep(BATCH_S)
         return [ScoreReply(item.request_id, "pausing", item.num_tokens, self._signal, BATCH_S) for item in requests]
 
     async def describe(self) -> TeacherDescription:
