@@ -12,6 +12,7 @@ import logging
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import LoggingConfig
 
 from cluster.logs import setup_logging
 from services.teacher.merging import Merger
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
     health_check_period_s=5,
     health_check_timeout_s=30,
     graceful_shutdown_timeout_s=20,
+    logging_config=LoggingConfig(enable_access_log=False),  # a line for each answer costs as much as moving it
 )
 class Teacher:
     """One replica: one copy of the teacher."""

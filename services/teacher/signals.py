@@ -276,4 +276,8 @@ def _from_steps(steps_NK: np.ndarray, range_N2: np.ndarray) -> np.ndarray:
 
 def _finite_at_best(logprobs: np.ndarray) -> bool:
     """Whether no value is NaN or +inf and no row is all -inf; some -inf are tokens that the teacher rules out."""
+    if logprobs.dtype == np.float16:  # by their bits, since processors compare no float16
+        bits = logprobs.view(np.uint16)
+        no_number = ((bits & 0x7FFF) > 0x7C00) | (bits == 0x7C00)
+        return not no_number.any() and bool((bits != 0xFC00).any(-1).all())
     return bool(np.isfinite(logprobs.max(-1)).all())

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray import serve
+from ray.serve.schema import LoggingConfig
 
 from cluster.connection import ClusterConfig, connect
 from jobs.training.data import MicroBatch
@@ -30,7 +31,7 @@ SPEC = SignalSpec("topk", 151_936, 64)
 SPARE = 1.2
 
 
-@serve.deployment(name="Teacher", max_ongoing_requests=32)
+@serve.deployment(name="Teacher", max_ongoing_requests=32, logging_config=LoggingConfig(enable_access_log=False))
 class PausingTeacher:
     """Answers as the real one does, after a pause in the place of a forward pass."""
 
