@@ -8,7 +8,7 @@ demo: .venv/made  ## text to a served student, on this machine, in about six min
 	$(BIN)/raystill run jobs/configs/demo.yaml
 
 test: .venv/made  ## every test that needs no GPU
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=15
 
 check: .venv/made  ## style and types
 	$(BIN)/ruff check .

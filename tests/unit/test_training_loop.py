@@ -233,3 +233,14 @@ def test_learning_rate_warms_up_then_falls_to_the_final_rate():
     assert rates[9] == pytest.approx(1.0)
     assert rates[99] == pytest.approx(0.1)
     assert all(late < early for early, late in itertools.pairwise(rates[9:]))
+
+
+def test_training_counts_what_goes_over_storage(prepared):
+    outcome, metrics = run(plan(prepared, "traffic", distil=False))
+    for what in ("read_bytes", "written_bytes", "retries"):
+        assert sum(item[f"train/store_{what}"] for item in metrics) == outcome[f"store_{what}"]
+    first = prepared[0] / "student/traffic/checkpoints/step-00000002"
+    size = sum(path.stat().st_size for path in first.rglob("*"))
+    assert outcome["store_written_bytes"] > 2 * size  # of steps 0, 2 and 4; that of the last step comes after the count
+    assert outcome["store_read_bytes"] > (first / "model/model.safetensors").stat().st_size
+    assert outcome["store_retries"] == 0
