@@ -141,7 +141,9 @@ def _result(stage: str, storage: Path) -> Any:
         return _labels(Path(output["root"].removeprefix("file://")) / output["prefix"]) | {"rows": output["rows"]}
     store = storage / output["store"]
     files = sorted(path.relative_to(store).as_posix() for path in store.rglob("*") if path.is_file())
-    return {"files": files, "manifest": json.loads((store / "manifest.json").read_text())}
+    manifest = json.loads((store / "manifest.json").read_text())
+    of_the_place = ("tokenizer", "sha256")  # where the tokenizer lies, and the manifest's own hash
+    return {"files": files} | {name: manifest[name] for name in manifest if name not in of_the_place}
 
 
 def _labels(directory: Path) -> dict[str, Any]:
@@ -154,15 +156,18 @@ def _labels(directory: Path) -> dict[str, Any]:
 
 def _compare(stage: str, wanted: Any, found: Any) -> None:
     """Rows, tokens, files, hashes are equal; what was computed is within the noise of another order of sums."""
-    exact = [name for name in wanted if name not in ("losses", "positions")]
-    same = all(wanted[name] == found[name] for name in exact)
-    if stage == "train":
-        same = same and np.allclose(wanted["losses"], found["losses"], rtol=1e-4)
-    if stage == "label":
-        same = same and wanted["labels"] == wanted["rows"]
-        same = same and all(map(np.array_equal, wanted["positions"], found["positions"]))
-    if not same:
-        raise SystemExit(f"{stage}: the run that was killed gave something else than the unbroken one")
+    differing = [name for name in wanted if name not in ("losses", "positions") and wanted[name] != found[name]]
+    if stage == "train" and not np.allclose(wanted["losses"], found["losses"], rtol=1e-4):
+        differing.append("losses")
+    if stage == "label" and not all(map(np.array_equal, wanted["positions"], found["positions"])):
+        differing.append("positions")
+    for name in differing:
+        print(
+            f"{name}: {str(found[name])[:2000]}\nwhere the unbroken run has\n{str(wanted[name])[:2000]}",
+            file=sys.stderr,
+        )
+    if differing:
+        raise SystemExit(f"{stage}: {', '.join(differing)} of the killed run differ from those of the unbroken one")
 
 
 def _write_config(directory: Path) -> None:
