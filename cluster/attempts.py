@@ -8,11 +8,13 @@ than a minimum rate, when no answer comes, or when the time for the whole is ove
 import contextlib
 import io
 import logging
+import math
+import os
 import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from cluster.errors import StorageError
@@ -44,9 +46,31 @@ class Limits:
     first_pause_s: float = 0.1
     longest_pause_s: float = 8.0
 
+    @classmethod
+    def of_environment(cls) -> "Limits":
+        """The defaults, or what the variables in `_VARIABLES` say of this machine.
+
+        Raises:
+            StorageError: a value is no positive number.
+        """
+        limits = cls()
+        for name, variable in _VARIABLES.items():
+            if given := os.environ.get(variable):
+                value = math.nan
+                with contextlib.suppress(ValueError):
+                    value = float(given)
+                if not 0 < value < math.inf:
+                    default = getattr(limits, name)
+                    raise StorageError(f"{variable}={given!r}: expected a positive number, for example {default:g}")
+                limits = replace(limits, **{name: value})  # type: ignore[arg-type]  # both are floats
+        return limits
+
     def deadline_s(self, size_bytes: int) -> float:
         """The time for the whole of a transfer, with all its attempts."""
         return self.patience_s + self.answer_s + size_bytes / self.min_bytes_per_s
+
+
+_VARIABLES = {"min_bytes_per_s": "RAYSTILL_STORAGE_MIN_BYTES_PER_S", "patience_s": "RAYSTILL_STORAGE_PATIENCE_S"}
 
 
 class TooSlow(Exception):
@@ -230,6 +254,6 @@ class Attempts:
                 if moved < self._rate * elapsed:
                     raise TooSlow(
                         f"{max(0, moved) / elapsed / 1000:.0f} kB/s over {elapsed:.0f} s, "
-                        f"the least is {self._rate / 1000:.0f} kB/s"
+                        f"the least is {self._rate / 1000:.0f} kB/s ({_VARIABLES['min_bytes_per_s']})"
                     )
                 progress.window = (now, moved_before + moved)

@@ -57,7 +57,7 @@ class S3Storage(Storage):
         super().__init__()
         self.bucket, self.prefix = bucket, prefix.strip("/")
         self.uri = f"s3://{bucket}/{self.prefix}".rstrip("/")
-        self._limits = limits or Limits()
+        self._limits = limits or Limits.of_environment()
         config = BotoConfig(
             retries={"mode": "standard", "total_max_attempts": 1},
             connect_timeout=10,

@@ -109,7 +109,7 @@ def test_attempts_slower_than_the_least_rate_are_ended_and_their_threads_stopped
             stopped.append(1)
         progress.move(5)
 
-    with pytest.raises(StorageError, match=r"0 kB/s over 0 s, the least is 1 kB/s; gave up after 2 attempts"):
+    with pytest.raises(StorageError, match=r"0 kB/s over 0 s, the least is 1 kB/s \(RAYS.*\); gave up after 2"):
         Attempts("get 'k'", LIMITS, again).run(attempt)
     end = time.monotonic() + 20
     while len(stopped) < 2 and time.monotonic() < end:
@@ -149,3 +149,14 @@ def test_attempts_hold_nothing_when_the_caller_is_interrupted():
     with pytest.raises(KeyboardInterrupt):
         attempts.run(attempt)
     assert stopped.wait(5)
+
+
+def test_limits_come_from_the_environment_and_bad_ones_are_one_line(monkeypatch):
+    assert Limits.of_environment() == Limits()
+    monkeypatch.setenv("RAYSTILL_STORAGE_MIN_BYTES_PER_S", "5e4")
+    monkeypatch.setenv("RAYSTILL_STORAGE_PATIENCE_S", "10")
+    assert Limits.of_environment() == Limits(min_bytes_per_s=50_000.0, patience_s=10.0)
+    for bad in ("0", "-1", "inf", "nan", "200 kB"):
+        monkeypatch.setenv("RAYSTILL_STORAGE_MIN_BYTES_PER_S", bad)
+        with pytest.raises(StorageError, match=r"RAYSTILL_STORAGE_MIN_BYTES_PER_S='.*': expected a positive number"):
+            Limits.of_environment()
