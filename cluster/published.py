@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CorruptArtifact
-from cluster.storage import PARTIAL, LocalStorage, Storage, check_key, open_storage, split_uri
+from cluster.storage import LocalStorage, Storage, check_key, open_storage, split_uri
+from cluster.unfinished import PARTIAL
 
 MANIFEST = "manifest.json"
 

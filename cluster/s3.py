@@ -207,6 +207,9 @@ class S3Storage(Storage):
         except (StorageError, FileNotFoundError) as error:  # a server without it, or another process was first
             logger.info("%s", error)
 
+    def sweep(self) -> None:
+        """Nothing: whose an upload in parts is cannot be told. What was left goes with its directory (`delete`)."""
+
     def check_writable(self) -> None:
         hasty = S3Storage(
             self.bucket, self.prefix, replace(self._limits, patience_s=min(10.0, self._limits.patience_s))

@@ -10,6 +10,7 @@ import errno
 import glob
 import io
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -23,9 +24,10 @@ from typing import IO, Any
 from urllib.parse import unquote, urlparse
 
 from cluster.errors import CorruptArtifact, StorageError
+from cluster.unfinished import PARTIAL, new_file, sweep
 
-PARTIAL = ".partial"
-"""Ending of local files that are not whole yet."""
+logger = logging.getLogger(__name__)
+
 _READ_AHEAD = 4 << 20
 """Bytes of an open object that are fetched at a time."""
 
@@ -127,6 +129,10 @@ class Storage(ABC):
     def child(self, prefix: str) -> "Storage":
         """The same storage rooted deeper."""
         return open_storage(f"{self.uri.rstrip('/')}/{check_key(prefix)}")
+
+    @abstractmethod
+    def sweep(self) -> None:
+        """Removes what writers that were killed left unfinished."""
 
     def read_json(self, key: str) -> Any:
         try:
@@ -249,6 +255,10 @@ class LocalStorage(Storage):
                 with contextlib.suppress(OSError):
                     path.rmdir()
 
+    def sweep(self) -> None:
+        if swept := sweep(self.root):
+            logger.info("removed %d unfinished files of killed processes below %s", swept, self.root)
+
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         started = time.perf_counter()
@@ -272,9 +282,7 @@ def whole_file(path: Path, uri: str, durable: bool = False) -> Iterator[Path]:
     partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=PARTIAL)
-        partial = Path(name)
-        os.close(handle)
+        partial = new_file(path.parent)
         yield partial
         if durable:
             with partial.open("rb") as file:

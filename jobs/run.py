@@ -63,6 +63,7 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_one(config))
         stack.enter_context(progress)
+        storage.sweep()
         for stage in pending:
             if _take_if_done(this, ledger, stage):
                 continue

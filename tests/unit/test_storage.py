@@ -353,3 +353,30 @@ def test_s3_settings_that_cannot_be_used_are_one_line(monkeypatch, variable, val
         open_storage(uri).read("k")
     assert "canary" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+WRITE_AND_WAIT = """
+import sys
+from cluster.storage import open_storage
+with open_storage(sys.argv[1]).writer("a/b") as file:
+    file.write(b"half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_storage_sweeps_what_a_killed_writer_left_and_nothing_else(tmp_path):
+    storage = open_storage(str(tmp_path / "root"))
+    command = [sys.executable, "-c", WRITE_AND_WAIT, str(tmp_path / "root")]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert writer.stdout.readline() == b"writing\n"
+    [partial] = (tmp_path / "root/a").iterdir()
+    elsewhere = partial.with_name(partial.name.replace("-", "-other-", 1))
+    elsewhere.write_bytes(b"of another machine")
+    storage.sweep()
+    assert partial.exists()
+    writer.kill()
+    writer.communicate()
+    storage.sweep()
+    assert list((tmp_path / "root/a").iterdir()) == [elsewhere]
+    assert storage.list() == []

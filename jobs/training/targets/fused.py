@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -27,6 +26,8 @@ def compiled_forward_kl(num_logits: float) -> Fused | None:
     """`forward_kl`, compiled, if that many logits are worth it and this machine can compile; else None."""
     if num_logits < _WORTH:
         return None
+    import torch._inductor.config  # makes a directory
+
     torch._inductor.config.compile_threads = 1  # here, not in a pool of processes that would outlive its use
     fused = torch.compile(forward_kl)
 
