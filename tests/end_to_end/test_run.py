@@ -25,7 +25,7 @@ def demo(tmp_path_factory):
         "teacher.train.steps=12",
         "train.steps=12",
         "evaluate.max_rows=32",
-        "promote.max_quality_loss=0.05",
+        "promote.max_quality_drop=0.05",
         f"serve.port={free_port()}",
     ]
     first = raystill("run", CONFIGS / "demo.yaml", *overrides, "--json", cwd=directory, timeout=500)
@@ -172,7 +172,7 @@ def test_demo_without_its_databases_makes_what_they_held_again(demo):
 
 def test_demo_with_another_gate_repeats_the_promotion_only(demo):
     directory, overrides, _ = demo
-    more = [*overrides, "promote.max_quality_loss=0.06"]
+    more = [*overrides, "promote.max_quality_drop=0.06"]
     promoted = raystill("promote", CONFIGS / "demo.yaml", *more, "--json", cwd=directory, timeout=120)
     assert promoted.returncode == 0, promoted.stderr[-3000:]
     summary = last_json(promoted.stdout)
@@ -288,7 +288,7 @@ def test_gate_refuses_and_exit_code_is_one(small):
         "promote",
         "small.yaml",
         f"storage={small / 'whole'}",
-        "promote.max_quality_loss=0",
+        "promote.max_quality_drop=0",
         "promote.scheme=onnx_int8",
         "--json",
         cwd=small,
@@ -299,5 +299,5 @@ def test_gate_refuses_and_exit_code_is_one(small):
     worse = models["student_onnx_int8"]["bits_per_byte"] > models["student"]["bits_per_byte"]
     assert refused.returncode == (1 if worse else 0)
     if worse:
-        assert "max_quality_loss allows 0.00%" in refused.stderr
+        assert "max_quality_drop allows 0.00%" in refused.stderr
         assert summary["stages"]["promote"]["status"] == "failed"
