@@ -157,6 +157,40 @@ def test_demo_serve_answers_the_openai_client_until_interrupted(demo):
         assert process.wait(60) == 0
 
 
+def test_demo_another_version_reigns_and_the_one_before_comes_back(demo):
+    directory, overrides, _ = demo
+    config = (CONFIGS / "demo.yaml", *overrides)
+
+    def call(*arguments, code=0):
+        done = raystill(*arguments, "--json", cwd=directory, timeout=120)
+        assert done.returncode == code, done.stderr[-3000:]
+        return last_json(done.stdout)
+
+    before = call("versions", "demo")
+    assert before == call("versions", *config)
+    assert [row["scheme"] for row in before["versions"]] == ["int8_weight_only", "onnx_int8"]
+    assert [row["aliases"] for row in before["versions"]] == [["champion"], []]
+    assert before["versions"][0]["verdict"] == "passed"
+    assert call("promote", *config, "--version", "2", "--force")["champion"]["version"] == "2"
+    assert call("run", *config)["stages"]["promote"]["status"] == "done"  # a finished run leaves who reigns
+    assert call("versions", "demo")["champion"]["version"] == "2"
+    assert call("rollback", *config)["champion"]["version"] == "1"
+    assert "no champion before version 1" in call("rollback", *config, code=1)["error"]
+    assert call("rollback", *config, "--to", "2")["champion"]["version"] == "2"
+    assert call("promote", *config)["stages"]["promote"]["champion"]["version"] == "1"  # asked for by name
+
+    weights = Path(before["versions"][0]["uri"].removeprefix("file://")) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    started = time.monotonic()
+    refused = raystill("serve", *config, cwd=directory, timeout=120)
+    weights.write_bytes(whole)
+    assert refused.returncode == 1
+    assert "its champion, version 1, cannot be served" in refused.stderr
+    assert time.monotonic() - started < 30
+    assert [row["state"] for row in call("versions", "demo")["history"]] == ["announced"] * 5
+
+
 def test_demo_without_its_databases_makes_what_they_held_again(demo):
     directory, overrides, _ = demo
     for name in ("champions.db", "mlflow.db"):
@@ -299,5 +333,6 @@ def test_gate_refuses_and_exit_code_is_one(small):
     worse = models["student_onnx_int8"]["bits_per_byte"] > models["student"]["bits_per_byte"]
     assert refused.returncode == (1 if worse else 0)
     if worse:
-        assert "max_quality_drop allows 0.00%" in refused.stderr
+        assert "promote.max_quality_drop: " in refused.stderr
+        assert "allowed 0.00%" in refused.stderr
         assert summary["stages"]["promote"]["status"] == "failed"
