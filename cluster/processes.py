@@ -35,7 +35,7 @@ def is_gone(identity: str) -> bool | None:
     """Whether the process has ended; None if it cannot be known from here, because it is another machine's."""
     machine, _, rest = identity.partition(" ")
     pid, _, began = rest.partition(" ")
-    if machine != _machine() or not pid.isdecimal() or not began.isdecimal():
+    if not machine or machine != _machine() or not pid.isdecimal() or not began.isdecimal():
         return None
     return _began(int(pid)) != began
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from cluster.errors import ModelError
+from cluster.errors import ModelError, RegistryFailed
 from cluster.tracking import registry_client, set_alias
 
 CHAMPION = "champion"
@@ -82,13 +82,20 @@ def tag_version(uri: str, model_name: str, version: str, tags: Mapping[str, str]
 _LONGEST_TAG = 100_000
 
 
-def point_champion(uri: str, model_name: str, version: str) -> None:
+def point_champion(uri: str, model_name: str, version: str, manifest_sha256: str) -> None:
     """Makes the alias `champion` lead to a version, if it does not do so already.
 
     Raises:
-        RegistryFailed: the registry does not answer, or has no such version.
+        RegistryFailed: the registry does not answer, has no such version, or another one under this number.
     """
-    with registry_client(uri, f"alias {CHAMPION} of {model_name} was not set") as client:
+    what = f"alias {CHAMPION} of {model_name} was not set"
+    with registry_client(uri, what) as client:
+        found = client.get_model_version(model_name, version).tags.get("manifest_sha256")
+        if found not in (None, manifest_sha256):
+            raise RegistryFailed(
+                f"{what}: version {version} has manifest {found[:12]}… there, the champion {manifest_sha256[:12]}…; "
+                "register the champion's files again and promote that version"
+            )
         if str(client.get_registered_model(model_name).aliases.get(CHAMPION)) != str(version):
             set_alias(uri, model_name, CHAMPION, version)
 

@@ -69,7 +69,7 @@ def announce(engine: Engine, model_name: str, tracking: str) -> None:
     while champion is not None:
         reign = reign_of(engine, model_name, champion.epoch)
         try:
-            point_champion(tracking, model_name, champion.version)
+            point_champion(tracking, model_name, champion.version, champion.manifest_sha256)
         except Exception as error:  # the row decides; the next start repairs the copy
             reason = " ".join(str(error).split())
             logger.warning("alias champion of %s was not set (%s); the version serves all the same", model_name, reason)

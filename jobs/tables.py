@@ -109,7 +109,7 @@ def versions_table(found: dict[str, Any]) -> Table:
         table.add_row(
             row["version"],
             f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] is not None else "",
-            size(int(row["bytes"])) if row["bytes"] is not None else "",
+            size(row["bytes"]) if row["bytes"] is not None else "",
             escape(row["scheme"]),
             escape(row["run"]),
             escape(", ".join(row["aliases"])),

@@ -52,7 +52,10 @@ def find_model(name: str) -> Model:
         place = Path("runs", check_model_name(name)).absolute()
         return Model(name, tracking_uri(place), database_url(place))
     run = str(summary["name"])
-    registered = summary["stages"].get("register", {}).get("model_name")
+    stages = summary["stages"]
+    registered = stages.get("register", {}).get("model_name") or (
+        stages.get("promote", {}).get("champion", {}).get("model_name")
+    )
     place = storage.root if isinstance(storage, LocalStorage) else Path("runs", run).absolute()
     return Model(registered or f"{run}-student"[:63], tracking_uri(place), database_url(place))
 
@@ -89,7 +92,7 @@ def _row(item: RegisteredVersion, reigns: str | None) -> dict[str, Any]:
         "scheme": tags.get("scheme", ""),
         "run": tags.get("run") or (item.run_id or ""),
         "bits_per_byte": _number(tags.get("bits_per_byte")),
-        "bytes": _number(tags.get("bytes")),
+        "bytes": int(size) if (size := _number(tags.get("bytes"))) is not None else None,
         "aliases": [CHAMPION, *others] if item.version == reigns else others,  # as the row has it; the alias is a copy
         "registered_at": item.registered_at,
         "verdict": tags.get("verdict"),

@@ -139,7 +139,7 @@ BOUNDARIES = {
 """The steps of a promotion in their order; `seat` lies inside the transaction that crowns."""
 
 
-def _die_at(step: str, after: bool, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+def _die_at(step: str, after: bool, work: Any, arguments: tuple[Any, ...]) -> None:
     import importlib
 
     module, name = BOUNDARIES[step]
@@ -155,12 +155,12 @@ def _die_at(step: str, after: bool, arguments: tuple[Any, ...], named: dict[str,
         return found
 
     setattr(module, name, dying)
-    promoting.promote(*arguments, **named)
+    work(*arguments)
 
 
-def promote_and_die(step: str, after: bool, *arguments: Any, **named: Any) -> None:
-    """Calls `promote` in a process that is killed before or after a step."""
-    process = fork_server().Process(target=_die_at, args=(step, after, arguments, named))
+def do_and_die(step: str, after: bool, work: Any, *arguments: Any) -> None:
+    """Calls `promote` or `rollback` in a process that is killed before or after a step."""
+    process = fork_server().Process(target=_die_at, args=(step, after, work, arguments))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL, process.exitcode

@@ -29,7 +29,7 @@ from jobs.promote import promote
 from jobs.register import register
 from tests import postgres_server, promotion_races
 from tests.command_line import environment, last_json, raystill
-from tests.promotion_races import GOOD, MODEL, artefact, crown_one, promote_and_die
+from tests.promotion_races import GOOD, MODEL, artefact, crown_one, do_and_die
 from tests.unit.test_promotions import OLD_TABLE
 
 pytestmark = pytest.mark.integration
@@ -117,7 +117,7 @@ def test_promotion_killed_at_a_step_is_settled_by_the_next_start(database, tmp_p
         version = {"version": number, "uri": f"{storage.uri}/{number}", "manifest_sha256": manifest["sha256"]}
         versions.append((PromoteConfig(), MODEL, version, GOOD, GOOD, database, NOWHERE))
     promote(*versions[0])
-    promote_and_die(step, after, *versions[1])
+    do_and_die(step, after, promote, *versions[1])
     crowned = (step, after) == ("crown", True)
     started = time.monotonic()
     settle(database, MODEL, NOWHERE)

@@ -20,13 +20,14 @@ from cluster.tracking import register_version, set_alias
 from jobs.config import PromoteConfig
 from jobs.crowning import settle
 from jobs.promote import promote
+from jobs.rollback import rollback
 from tests.promotion_races import (
     BOUNDARIES,
     GOOD,
     MODEL,
     artefact,
     crown_one,
-    promote_and_die,
+    do_and_die,
     race_of_processes,
     race_of_threads,
 )
@@ -109,6 +110,7 @@ def test_process_that_runs_is_known_and_one_that_ended_too():
     assert is_gone(f"{machine} 4194305 {began}") is True
     assert is_gone(f"elsewhere/pid:[1] {pid} {began}") is None
     assert is_gone("") is None
+    assert is_gone(f" {pid} {began}") is None
 
 
 def test_promotion_that_works_is_left_alone(engine):
@@ -201,7 +203,7 @@ def test_promotion_killed_at_a_step_is_settled_by_the_next_start(database, regis
     tracking, (first, second) = registry
     promote(PromoteConfig(), MODEL, first, GOOD, GOOD, database, tracking)
     set_alias(tracking, MODEL, "champion", "1")
-    promote_and_die(step, after, PromoteConfig(), MODEL, second, GOOD, GOOD, database, tracking)
+    do_and_die(step, after, promote, PromoteConfig(), MODEL, second, GOOD, GOOD, database, tracking)
     reached = list(BOUNDARIES).index(step) + after
     crowned = reached > list(BOUNDARIES).index("crown") and step != "seat"
     assert find_champion(database, MODEL).version == ("2" if crowned else "1")  # whole before anything is settled
@@ -222,11 +224,40 @@ def test_promotion_killed_at_a_step_is_settled_by_the_next_start(database, regis
     assert json.loads(list_versions(tracking, MODEL)[1].tags["verdict_rules"])[0]["passed"] is True
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", ["check", "crown", "seat", "alias", "announce"])
+def test_rollback_killed_at_a_step_is_settled_by_the_next_start(database, registry, step, after):
+    tracking, versions = registry
+    for version in versions:
+        promote(PromoteConfig(), MODEL, version, GOOD, GOOD, database, tracking)
+    do_and_die(step, after, rollback, MODEL, database, tracking)
+    crowned = (step, after) == ("crown", True) or step in ("alias", "announce")
+    settle(database, MODEL, tracking)
+    champion = find_champion(database, MODEL)
+    assert (champion.version, champion.epoch) == (("1", 3) if crowned else ("2", 2))
+    assert aliases(tracking) == {"champion": champion.version}
+    if crowned:
+        with pytest.raises(PromotionRefused, match="no champion before version 1"):
+            rollback(MODEL, database, tracking)
+    else:
+        assert rollback(MODEL, database, tracking)[0].version == "1"
+
+
+def test_alias_is_not_set_to_another_version_of_the_same_number(database, registry, tmp_path, caplog):
+    tracking, (first, _) = registry
+    promote(PromoteConfig(), MODEL, first, GOOD, GOOD, database, tracking)
+    made_anew = f"sqlite:///{tmp_path}/mlflow.db"
+    register_version(made_anew, MODEL, "file:///other", "9" * 64, None, {})
+    settle(database, MODEL, made_anew)
+    assert "version 1 has manifest 999999999999… there" in caplog.text
+    assert aliases(made_anew) == {}
+
+
 def test_promotion_refused_and_killed_leaves_the_champion_and_settles(database, registry):
     tracking, (first, second) = registry
     promote(PromoteConfig(), MODEL, first, GOOD, GOOD, database, tracking)
     bad = {**GOOD, "bits_per_byte": 3.0}
-    promote_and_die("tags", False, PromoteConfig(), MODEL, second, GOOD, bad, database, tracking)
+    do_and_die("tags", False, promote, PromoteConfig(), MODEL, second, GOOD, bad, database, tracking)
     settle(database, MODEL, tracking)
     engine = open_database(database)
     row = history(engine, MODEL)[-1]

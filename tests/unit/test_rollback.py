@@ -11,8 +11,9 @@ from cluster.config import load
 from cluster.errors import ConfigError, CorruptArtifact, ModelError, PromotionRefused
 from cluster.promotions import history
 from cluster.published import publish_directory
-from cluster.registry import find_version, list_versions, point_champion
+from cluster.registry import find_version, list_versions
 from cluster.storage import open_storage
+from cluster.tracking import set_alias
 from jobs.__main__ import app
 from jobs.config import RunConfig
 from jobs.promote import promote_version
@@ -259,7 +260,7 @@ def test_versions_say_figures_champion_verdict_and_history(config, model):
 
 def test_versions_repair_the_alias_from_the_row(config, model):
     promoted(config(), "1")
-    point_champion(model.tracking, MODEL, "3")
+    set_alias(model.tracking, MODEL, "champion", "3")
     assert versions(model)["versions"][0]["aliases"] == ["champion"]
     assert champion_alias(model) == ["1"]
 
