@@ -100,9 +100,7 @@ def _quality_drop(rule: str, limit: float, candidate: Figures, other: Figures, a
     if (missing := _not_measured(rule, figure, limit, mine, theirs, against)) is not None:
         return missing
     drop = _ratio(mine, theirs) - 1
-    said = (
-        f"{mine:.4f} bits per byte against {theirs:.4f} of the {against} is a drop of {drop:.2%}, allowed {limit:.2%}"
-    )
+    said = f"{_beside(mine, theirs, against)} is a drop of {_percent(drop)}, allowed {_percent(limit)}"
     return RuleResult(rule, limit, against, figure, mine, theirs, drop, drop <= limit, f"{rule}: {said}")
 
 
@@ -112,7 +110,7 @@ def _retention(limit: float, candidate: Figures, teacher: Figures) -> RuleResult
     if (missing := _not_measured(rule, figure, limit, mine, theirs, against)) is not None:
         return missing
     kept = _ratio(theirs, mine)
-    said = f"{mine:.4f} bits per byte against {theirs:.4f} of the {against} keeps {kept:.2%}, wanted {limit:.2%}"
+    said = f"{_beside(mine, theirs, against)} keeps {_percent(kept)}, wanted {_percent(limit)}"
     return RuleResult(rule, limit, against, figure, mine, theirs, kept, kept >= limit, f"{rule}: {said}")
 
 
@@ -146,12 +144,20 @@ def _not_measured(
     whose = [name for name, value in (("candidate", mine), (against, theirs)) if value is None]
     if not whose:
         return None
-    said = f"{figure} of the {' and of the '.join(whose)} was not measured, allowed {limit:g}"
+    said = f"{figure} of the {' and of the '.join(whose)} was not measured, the limit is {limit:g}"
     return RuleResult(rule, limit, against, figure, mine, theirs, None, False, f"{rule}: {said}")
 
 
 def _bits(candidate: Figures, other: Figures) -> tuple[str, float | None, float | None]:
     return "bits_per_byte", _number(candidate, "bits_per_byte"), _number(other, "bits_per_byte")
+
+
+def _beside(mine: float | None, theirs: float | None, against: str) -> str:
+    return f"{mine:.6g} bits per byte against {theirs:.6g} of the {against}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
 
 
 def _number(figures: Figures, name: str) -> float | None:

@@ -334,5 +334,5 @@ def test_gate_refuses_and_exit_code_is_one(small):
     assert refused.returncode == (1 if worse else 0)
     if worse:
         assert "promote.max_quality_drop: " in refused.stderr
-        assert "allowed 0.00%" in refused.stderr
+        assert "allowed 0 %" in refused.stderr
         assert summary["stages"]["promote"]["status"] == "failed"

@@ -40,14 +40,22 @@ def test_gate_refuses_what_is_no_number_and_can_store_it(student, candidate):
 
 
 RULES = {
-    "max_quality_drop": ({"max_quality_drop": 0.01}, {"bits_per_byte": 2.03}, ["2.0300", "2.0000", "1.50%", "1.00%"]),
-    "min_retention": ({"min_retention": 0.95}, {}, ["2.0000", "1.8000", "90.00%", "95.00%", "teacher"]),
+    "max_quality_drop": (
+        {"max_quality_drop": 0.01},
+        {"bits_per_byte": 2.03},
+        ["2.03 bits", "against 2 of the float student", "drop of 1.5 %", "allowed 1 %"],
+    ),
+    "min_retention": (
+        {"min_retention": 0.95},
+        {},
+        ["2 bits", "against 1.8 of the teacher", "keeps 90 %", "wanted 95 %"],
+    ),
     "max_latency_ratio": ({"max_latency_ratio": 0.2}, {}, ["0.1", "0.4", "0.25 times", "allowed 0.2", "teacher"]),
     "max_size_mb": ({"max_size_mb": 1.5}, {}, ["2.000 MB", "allowed 1.5"]),
     "champion.max_quality_drop": (
         {"champion": {"max_quality_drop": 0.01}},
         {},
-        ["2.0000", "1.9000", "5.26%", "1.00%", "champion, version 7"],
+        ["2 bits", "against 1.9 of the champion, version 7", "drop of 5.263 %", "allowed 1 %"],
     ),
     "champion.max_latency_ratio": (
         {"champion": {"max_latency_ratio": 0.4}},
