@@ -8,7 +8,7 @@ table, one row per promotion, which `cluster.promotions` writes.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -88,6 +88,10 @@ class Champion:
     uri: str
     manifest_sha256: str
     promoted_at: str
+
+    def is_version(self, version: Mapping[str, str]) -> bool:
+        """Whether it is the published directory of `{"uri", "manifest_sha256"}`: the same bytes at the same place."""
+        return (self.uri, self.manifest_sha256) == (version["uri"], version["manifest_sha256"])
 
 
 def database_url(state_directory: Path) -> str:

@@ -48,7 +48,7 @@ def promote(
     with opened(database) as engine:
         seen = current_champion(engine, model_name)  # before all else: who comes in between has come first
         settle_in(engine, model_name, tracking)
-        again = seen is not None and seen.manifest_sha256 == version["manifest_sha256"]
+        again = seen is not None and seen.is_version(version)
 
         def look() -> tuple[dict[str, Any], str]:
             reigning = Reigning(absent="this version is champion already") if again else _reigning(config, seen)
@@ -71,7 +71,7 @@ def promote(
                 return take_the_crown(engine, promotion, tracking, verdict), verdict
             except PromotionRefused:
                 winner = current_champion(engine, model_name)
-                if winner is None or winner.manifest_sha256 != version["manifest_sha256"]:
+                if winner is None or not winner.is_version(version):
                     raise
                 return winner, verdict  # another process asked for the same version, and it reigns
 

@@ -397,7 +397,7 @@ def _champion_is_there(run: Run, output: Output) -> bool:
     champion = find_champion(database_url(run.config.state_directory), run.config.model_name)
     if champion is None or "promote" not in run.asked:
         return champion is not None
-    return champion.manifest_sha256 == output["champion"]["manifest_sha256"]
+    return champion.is_version(output["champion"])
 
 
 def _serve_key(run: Run) -> str:

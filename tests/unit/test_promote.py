@@ -152,6 +152,13 @@ def test_promote_a_better_one_follows_with_the_next_epoch(database, tracking):
     assert version_uri("models:/m@champion", tracking) == "file:///1"
 
 
+def test_promote_the_same_bytes_at_another_place_moves_the_champion_there(database, tracking):
+    promoted(database, tracking, "1")
+    moved = {"version": "2", "uri": "file:///moved", "manifest_sha256": "1" * 64}
+    champion, _ = promote(PromoteConfig(), "m", moved, STUDENT, STUDENT, database, tracking)
+    assert (champion.uri, champion.epoch) == ("file:///moved", 2)
+
+
 @pytest.mark.parametrize("bits_per_byte", [2.2, math.nan])
 def test_promote_refused_candidate_leaves_the_champion(database, tracking, bits_per_byte):
     first = promoted(database, tracking, "1")
