@@ -169,7 +169,8 @@ def rollback(
 @app.command()
 def versions(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Run name, config file, storage root URI, or on a server a model.")
+        str,
+        typer.Argument(metavar="NAME|CONFIG", help="Run name, storage root, config file, or a model on a server."),
     ],
     overrides: Overrides = None,
     as_json: AsJson = False,
