@@ -182,12 +182,11 @@ def test_demo_another_version_reigns_and_the_one_before_comes_back(demo):
     weights = Path(before["versions"][0]["uri"].removeprefix("file://")) / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    started = time.monotonic()
-    refused = raystill("serve", *config, cwd=directory, timeout=120)
+    refused = raystill("serve", *config, cwd=directory, timeout=120)  # an endpoint would be waited for longer
     weights.write_bytes(whole)
     assert refused.returncode == 1
     assert "its champion, version 1, cannot be served" in refused.stderr
-    assert time.monotonic() - started < 30
+    assert rays_below(directory) == []
     assert [row["state"] for row in call("versions", "demo")["history"]] == ["announced"] * 5
 
 
