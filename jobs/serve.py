@@ -49,7 +49,7 @@ def check_champion(config: RunConfig) -> None:
     except CorruptArtifact as error:
         raise CorruptArtifact(
             f"model {config.model_name}: its champion, version {champion.version}, cannot be served ({error}); repair "
-            "its files, go back with `raystill rollback`, or put another in its place with `raystill promote --version`"
+            "its files, go back with `raystill rollback`, or put another in its place with `raystill promote`"
         ) from error
 
 

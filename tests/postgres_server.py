@@ -29,13 +29,13 @@ class PostgresServer:
     process: subprocess.Popen
 
     def url(self, database: str = "postgres") -> str:
-        return f"postgresql+psycopg://{USER}:{SECRET}@127.0.0.1:{self.port}/{database}"
+        return f"postgresql://{USER}:{SECRET}@127.0.0.1:{self.port}/{database}"
 
     def make_database(self, name: str) -> str:
         """An empty database; returns its URL."""
         import psycopg
 
-        with psycopg.connect(self.url().replace("+psycopg", ""), autocommit=True) as connection:
+        with psycopg.connect(self.url(), autocommit=True) as connection:
             connection.execute(f'CREATE DATABASE "{name}"'.encode())
         return self.url(name)
 
@@ -103,7 +103,7 @@ def _wait_for(server: PostgresServer, log: Path) -> None:
     ends = time.monotonic() + _START_S
     while True:
         try:
-            psycopg.connect(server.url().replace("+psycopg", "")).close()
+            psycopg.connect(server.url()).close()
             return
         except psycopg.OperationalError:
             if server.process.poll() is not None or time.monotonic() > ends:

@@ -52,7 +52,7 @@ def race_of_threads(database: str, rounds: int) -> None:
         proposed = propose(
             engine, MODEL, artefact(f"{turn}.{number}"), current_champion(engine, MODEL), run=f"r{number}"
         )
-        start.wait(60)  # all have seen the same champion
+        start.wait(300)  # all have seen the same champion
         try:
             return "won", crown(engine, advance(engine, proposed, "checked"))[1]
         except PromotionRefused as refused:
@@ -84,12 +84,12 @@ def check_history(engine: Any, rounds: int, claimants: int) -> None:
 
 def _claim_all(number: int, database: str, rounds: int, start: Any, outcomes: Any) -> None:
     def wait(version: dict[str, str]) -> str:
-        start.wait(60)  # in the look at the files: all have seen the same champion
+        start.wait(300)  # in the look at the files: all have seen the same champion
         return ""
 
     promoting._damage = wait  # type: ignore[assignment]
     for turn in range(rounds):
-        start.wait(60)
+        start.wait(300)
         try:
             version, nowhere = artefact(f"{turn}.{number}"), "sqlite:////nowhere/mlflow.db"
             champion, _ = promoting.promote(PromoteConfig(), MODEL, version, GOOD, GOOD, database, nowhere, run="r")
@@ -108,9 +108,9 @@ def race_of_processes(database: str, rounds: int) -> None:
     ]
     for process in claimants:
         process.start()
-    found = [outcomes.get(timeout=120) for _ in range(CLAIMANTS * rounds)]
+    found = [outcomes.get(timeout=300) for _ in range(CLAIMANTS * rounds)]
     for process in claimants:
-        process.join(60)
+        process.join(300)
     assert [process.exitcode for process in claimants] == [0] * CLAIMANTS
     for turn in range(rounds):
         winners = [(epoch, version) for when, epoch, version, _ in found if when == turn and epoch]
@@ -162,5 +162,5 @@ def do_and_die(step: str, after: bool, work: Any, *arguments: Any) -> None:
     """Calls `promote` or `rollback` in a process that is killed before or after a step."""
     process = fork_server().Process(target=_die_at, args=(step, after, work, arguments))
     process.start()
-    process.join(60)
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL, process.exitcode
