@@ -18,7 +18,7 @@
     ├── TrainingFailed(RuntimeError)        the worker group failed more often than allowed
     ├── QuantizationFailed(RuntimeError)    an artefact that does not reload to the same function
     ├── RegistryFailed(RuntimeError)        MLflow's registry did not take a version
-    └── PromotionRefused(RuntimeError)      the gate said no, or another promotion won
+    └── PromotionRefused(RuntimeError)      the gate or the files said no, or another promotion won
 
 A message says what was asked, what was found, and what to do.
 """

@@ -9,14 +9,17 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import CorruptArtifact
+from cluster.errors import CorruptArtifact, StorageError
 from cluster.storage import LocalStorage, Storage, check_key, open_storage, split_uri
 from cluster.unfinished import PARTIAL
 
 MANIFEST = "manifest.json"
+VERSION_ENDINGS = (".safetensors", ".onnx", ".onnx.data", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
+"""Files of a registered version: weights and graphs that are data alone, and what a tokenizer is made of."""
 
 
 def file_sha256(path: Path) -> str:
@@ -74,26 +77,43 @@ def fetch_directory(storage: Storage, prefix: str, into: Path) -> dict[str, Any]
         CorruptArtifact: the manifest is damaged; a file is missing, has another hash, or has a name that leaves the
             directory.
     """
-    manifest = read_manifest(storage, prefix)
-    if manifest is None:
-        raise FileNotFoundError(f"{storage.uri}/{prefix}: no {MANIFEST}")
-    if not isinstance(manifest.get("files"), dict):
-        raise CorruptArtifact(f"{storage.uri}/{prefix}: its {MANIFEST} names no files")
+    manifest, uri = _whole_manifest(storage, prefix), f"{storage.uri}/{prefix}"
     into.mkdir(parents=True, exist_ok=True)
     for name, expected in manifest["files"].items():
-        path = into / check_key(name)
+        path = into / name
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             storage.download(f"{prefix}/{name}", path)
         except FileNotFoundError:
-            raise CorruptArtifact(f"{storage.uri}/{prefix}: {name} is in the manifest but not in storage") from None
-        found = file_sha256(path)
-        if found != expected["sha256"]:
-            raise CorruptArtifact(
-                f"{storage.uri}/{prefix}: {name} has sha256 {found[:12]}…, the manifest says {expected['sha256'][:12]}…"
-            )
+            raise _missing(uri, name) from None
+        _check_sha256(uri, name, file_sha256(path), expected["sha256"])
     (into / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
     return manifest
+
+
+def _whole_manifest(storage: Storage, prefix: str) -> dict[str, Any]:
+    """A manifest whose files may be read: it names some, and none outside its directory."""
+    manifest = read_manifest(storage, prefix)
+    if manifest is None:
+        raise FileNotFoundError(f"{storage.uri}/{prefix}: no {MANIFEST}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(isinstance(item, dict) and "sha256" in item for item in files.values()):
+        raise CorruptArtifact(f"{storage.uri}/{prefix}: its {MANIFEST} names no files")
+    for name in files:
+        try:
+            check_key(name)
+        except StorageError as error:
+            raise CorruptArtifact(f"{storage.uri}/{prefix}: its {MANIFEST} names {name!r} ({error})") from error
+    return manifest
+
+
+def _missing(uri: str, name: str) -> CorruptArtifact:
+    return CorruptArtifact(f"{uri}: {name} is in the manifest but not in storage")
+
+
+def _check_sha256(uri: str, name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise CorruptArtifact(f"{uri}: {name} has sha256 {found[:12]}…, the manifest says {expected[:12]}…")
 
 
 def delete_directory(storage: Storage, prefix: str) -> None:
@@ -102,20 +122,51 @@ def delete_directory(storage: Storage, prefix: str) -> None:
     storage.delete(prefix)
 
 
-def check_directory(uri: str, expected_sha256: str) -> None:
-    """Reads a published directory through.
+def read_through(uri: str, expected_sha256: str) -> dict[str, Any]:
+    """Reads a published directory where it lies, to its last byte, and returns its manifest.
 
     Raises:
         CorruptArtifact: it is not there, is not the one with this manifest, or a file differs from the manifest.
     """
     storage, name = split_uri(uri)
-    with tempfile.TemporaryDirectory(prefix="raystill-check-") as into:
-        try:
-            manifest = fetch_directory(storage, name, Path(into))
-        except FileNotFoundError as error:
-            raise CorruptArtifact(f"{uri}: nothing whole is there ({error})") from error
+    try:
+        manifest = _whole_manifest(storage, name)
+    except FileNotFoundError as error:
+        raise CorruptArtifact(f"{uri}: nothing whole is there ({error})") from error
     if manifest_sha256(manifest) != expected_sha256:
         raise CorruptArtifact(f"{uri}: its manifest is not the one that was registered")
+    for file, expected in manifest["files"].items():
+        try:
+            with storage.open(f"{name}/{file}") as content:
+                found = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
+        except FileNotFoundError:
+            raise _missing(uri, file) from None
+        _check_sha256(uri, file, found, expected["sha256"])
+    return manifest
+
+
+def check_version(uri: str, expected_sha256: str) -> None:
+    """Reads a registered version through, and looks for what must not be there.
+
+    Raises:
+        CorruptArtifact: as `read_through`; or a file is not in the manifest, or is of a kind that no version has.
+    """
+    manifest = read_through(uri, expected_sha256)
+    check_version_files(manifest["files"], uri)
+    storage, name = split_uri(uri)
+    found = {item.key.removeprefix(f"{name}/") for item in storage.list(f"{name}/")}
+    if unnamed := sorted(found - {MANIFEST, *manifest["files"]}):
+        raise CorruptArtifact(f"{uri}: {', '.join(unnamed[:5])} is there, but not in the manifest")
+
+
+def check_version_files(names: Iterable[str], where: str) -> None:
+    """Raises `CorruptArtifact` for a file that could run code when it is loaded, or of a kind that no version has."""
+    for name in names:
+        if not name.lower().endswith(VERSION_ENDINGS):
+            raise CorruptArtifact(
+                f"{where}: {name} is no file of a registered version; only {', '.join(VERSION_ENDINGS)} are, since "
+                "others may run code"
+            )
 
 
 def localize(uri: str, cache: Path | None = None) -> Path:

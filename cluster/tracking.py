@@ -5,17 +5,19 @@ become one warning, and what does not fit the queue is counted. The registry cal
 registration that did not happen must not look like one. Default store: SQLite below the run's local state directory.
 """
 
+import contextlib
 import logging
 import os
 import queue
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import ModelError, RegistryFailed
+from cluster.names import check_model_name
 
 logger = logging.getLogger(__name__)
 
@@ -185,27 +187,34 @@ class Tracker:
                 logger.warning("tracking at %s: a record was not written: %s", self._uri, _first_line(error))
 
 
+@contextlib.contextmanager
+def registry_client(uri: str, what: str) -> Iterator[Any]:
+    """MLflow's client for the registry; what it raises in the block becomes `RegistryFailed`, `what` being undone."""
+    try:
+        yield _client(uri)
+    except _mlflow().exceptions.MlflowException as error:
+        raise RegistryFailed(
+            f"registry {_without_password(uri)}: {what} ({_first_line(error)}); run it again"
+        ) from error
+
+
 def register_version(
     uri: str, model_name: str, source: str, manifest_sha256: str, run_id: str | None, tags: dict[str, str]
 ) -> str:
     """Registers a published directory as a version; returns its number. The same directory gives the same version.
 
     Raises:
+        ConfigError: a model cannot be called so.
         RegistryFailed: the registry cannot be reached, or refuses.
     """
-    failure = _mlflow().exceptions.MlflowException
-    try:
-        client = _client(uri)
+    check_model_name(model_name)
+    with registry_client(uri, f"{model_name} was not registered") as client:
         try:
             client.create_registered_model(model_name)
-        except failure as error:
+        except _mlflow().exceptions.MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         return _version(client, model_name, source, manifest_sha256, run_id, tags)
-    except failure as error:
-        raise RegistryFailed(
-            f"registry {_without_password(uri)}: {model_name} was not registered ({_first_line(error)}); run it again"
-        ) from error
 
 
 def _version(

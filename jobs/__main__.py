@@ -65,7 +65,7 @@ def prepare(
             f"by a sample of {found['sampled_bytes']:,} bytes; nothing was written"
         )
 
-    _dry_run(estimated, as_json)
+    _answer(estimated, as_json)
 
 
 @app.command()
@@ -90,7 +90,7 @@ def label(
         there = f"{found['rows'] - found['missing']:,} rows have one already"
         return found, f"{found['reason']}\n{cost_line(found['missing'], found)}; {there}"
 
-    _dry_run(estimated, as_json)
+    _answer(estimated, as_json)
 
 
 @app.command()
@@ -118,9 +118,80 @@ def register(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = 
 
 
 @app.command()
-def promote(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def promote(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    version: Annotated[
+        str | None, typer.Option(metavar="N", help="This registered version instead of the one of the config's run.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let it pass whatever the gate says; files still count.")] = (
+        False
+    ),
+    as_json: AsJson = False,
+) -> None:
     """Make a registered student champion, if it passes the gate."""
-    _stages(config, overrides, as_json, ("promote",))
+
+    def of_a_version() -> tuple[dict[str, Any], str]:
+        from jobs.promote import promote_version
+
+        champion, verdict = promote_version(_load(config, overrides), str(version), force)
+        found = {"champion": vars(champion), "verdict": verdict}
+        return found, f"{champion.model_name}: version {champion.version} is champion (epoch {champion.epoch})"
+
+    if version is None:
+        _stages(config, overrides, as_json, ("promote",), force)
+    else:
+        _answer(of_a_version, as_json)
+
+
+@app.command()
+def rollback(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    to: Annotated[str | None, typer.Option(metavar="N", help="This version, if it ever was champion.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the champion before champion again."""
+
+    def back() -> tuple[dict[str, Any], str]:
+        from jobs.rollback import rollback
+        from jobs.versions import model_of
+
+        loaded = _load(config, overrides)
+        model = model_of(loaded)
+        champion, before = rollback(model.name, model.database, model.tracking, to=to, run=loaded.name)
+        said = f"{model.name}: version {champion.version} is champion (epoch {champion.epoch}), before {before.version}"
+        return {"champion": vars(champion), "before": vars(before)}, said
+
+    _answer(back, as_json)
+
+
+@app.command()
+def versions(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME|CONFIG", help="Run name, storage root, config file, or a model on a server."),
+    ],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the registered versions of a model, their figures, and which one is champion."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from jobs.tables import versions_table
+        from jobs.versions import find_model, model_of
+        from jobs.versions import versions as read_versions
+
+        of_config = name.endswith((".yaml", ".yml"))
+        found = read_versions(model_of(_load(Path(name), overrides)) if of_config else find_model(name))
+        if as_json:
+            typer.echo(json.dumps(found, sort_keys=True))
+        else:
+            Console().print(versions_table(found))
+
+    _guard(work, as_json)
 
 
 @app.command()
@@ -174,13 +245,15 @@ def schema() -> None:
     typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
-def _stages(config: Path, overrides: list[str] | None, as_json: bool, only: tuple[str, ...] | None) -> None:
+def _stages(
+    config: Path, overrides: list[str] | None, as_json: bool, only: tuple[str, ...] | None, force: bool = False
+) -> None:
     def work() -> None:
         from jobs.progress import ConsoleProgress
         from jobs.run import run as run_stages
 
         loaded = _load(config, overrides)
-        summary = run_stages(loaded, ConsoleProgress(), only)
+        summary = run_stages(loaded, ConsoleProgress(), only, force)
         _print(summary, as_json)
         if only is None and not as_json:
             typer.echo(f"The student: {summary['stages']['train']['model']}")
@@ -189,12 +262,12 @@ def _stages(config: Path, overrides: list[str] | None, as_json: bool, only: tupl
     _guard(work, as_json)
 
 
-def _dry_run(estimated: Callable[[], tuple[dict[str, Any], str]], as_json: bool) -> None:
-    """Prints an estimate: its figures, or the same for people."""
+def _answer(found: Callable[[], tuple[dict[str, Any], str]], as_json: bool) -> None:
+    """Prints what a command found: as JSON, or the same for people."""
 
     def work() -> None:
-        figures, text = estimated()
-        typer.echo(json.dumps(figures, sort_keys=True) if as_json else text)
+        values, text = found()
+        typer.echo(json.dumps(values, sort_keys=True) if as_json else text)
 
     _guard(work, as_json)
 

@@ -11,10 +11,11 @@ from pydantic import AfterValidator, Field, model_validator
 
 from cluster.config import Config, execution
 from cluster.connection import ClusterConfig
+from cluster.names import NAME
 from services.endpoint.schema import EndpointConfig
 from services.teacher.signals import SignalKind
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$"), AfterValidator(lambda name: _no_dots(name))]
+Name = Annotated[str, Field(pattern=NAME), AfterValidator(lambda name: _no_dots(name))]
 Scalar = bool | int | float | str | None
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -252,11 +253,37 @@ class RegisterConfig(Config):
     """Registered model; default: the run's name with `-student`."""
 
 
+class ChampionRules(Config):
+    """What a candidate is asked beside the reigning champion. Without a champion these rules have nothing to say."""
+
+    max_quality_drop: float | None = Field(None, gt=-1)
+    """Largest relative increase of held-out bits per byte over the champion's; below 0 it must be better."""
+    max_latency_ratio: float | None = Field(None, gt=0)
+    """Largest time per token, as a multiple of the champion's as it was recorded."""
+
+
 class PromoteConfig(Config):
+    """The gate. A rule that is not set is not asked; one whose figures were not measured refuses."""
+
     scheme: QuantizationScheme = "int8_weight_only"
     """Which quantised student becomes champion."""
-    max_quality_loss: float = Field(0.02, ge=0)
+    max_quality_drop: float = Field(0.02, ge=0)
     """Largest relative increase of held-out bits per byte over the float student."""
+    min_retention: float | None = Field(None, gt=0)
+    """Least share of the teacher's quality that is kept: its held-out bits per byte over the candidate's. At 1 the
+    candidate is as good as the teacher; at 0.9 it may take 11 % more bits."""
+    max_latency_ratio: float | None = Field(None, gt=0)
+    """Largest time per token, as a multiple of the teacher's."""
+    max_size_mb: float | None = Field(None, gt=0)
+    """Largest size of the weights on disk, in megabytes of 1,000,000 bytes."""
+    champion: ChampionRules = ChampionRules()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "max_quality_loss" in raw:
+            raise ValueError("max_quality_loss is called max_quality_drop now: rename the key, it means the same")
+        return raw
 
 
 class ServeConfig(EndpointConfig):
@@ -330,6 +357,12 @@ class RunConfig(Config):
             raise ValueError(
                 f"promote.scheme={self.promote.scheme} is not among quantize.schemes={self.quantize.schemes}: add it"
             )
+        for name in ("min_retention", "max_latency_ratio"):
+            if self.teacher is None and getattr(self.promote, name) is not None:
+                raise ValueError(
+                    f"promote.{name}={getattr(self.promote, name)} compares with the teacher, and there is none: "
+                    "leave it out, or set teacher.model"
+                )
         return self
 
     @property

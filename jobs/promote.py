@@ -1,75 +1,142 @@
-"""The gate, and the crown: which registered version the endpoint serves.
+"""Promotion: a version passes the gate, its files are read through, and it takes the crown.
 
-The figures that the gate looks at were measured on the artefact after a reload in a fresh process. Who wins a race of
-promotions is decided by a compare-and-set in SQL; MLflow's alias is set afterwards, as a copy.
+The figures that the gate looks at were measured on the artefact after a reload in a fresh process; the champion's are
+those of its manifest. Who wins a race is decided by a compare-and-set in SQL (`cluster.promotions`). Every verdict, a
+refusal too, is kept in the history and as tags of the version.
 """
 
-import logging
 from typing import Any
 
-from cluster.champions import Champion, crown, current_champion, open_database
-from cluster.errors import CorruptArtifact, PromotionRefused
-from cluster.published import check_directory
-from cluster.tracking import set_alias
-from jobs.config import PromoteConfig
+from cluster.champions import Champion, current_champion, database_url, opened
+from cluster.errors import ConfigError, CorruptArtifact, PromotionRefused
+from cluster.promotions import kept_alive, propose
+from cluster.published import check_version, read_manifest, read_through
+from cluster.registry import find_version
+from cluster.storage import split_uri
+from cluster.tracking import tracking_uri
+from jobs.config import PromoteConfig, RunConfig
+from jobs.crowning import announce, has_registry, refuse, settle_in, take_the_crown
+from jobs.gate import Figures, Reigning, Verdict, judge
 
-logger = logging.getLogger(__name__)
-
-
-def check_gate(config: PromoteConfig, student: dict[str, Any], candidate: dict[str, Any]) -> float:
-    """The candidate's relative loss of quality against the float student.
-
-    Raises:
-        PromotionRefused: it is more than `promote.max_quality_loss`, or not a number.
-    """
-    loss = candidate["bits_per_byte"] / student["bits_per_byte"] - 1
-    if not loss <= config.max_quality_loss:
-        raise PromotionRefused(
-            f"{config.scheme}: {candidate['bits_per_byte']:.4f} bits per byte against {student['bits_per_byte']:.4f} "
-            f"of the float student is a loss of {loss:.2%}, promote.max_quality_loss allows "
-            f"{config.max_quality_loss:.2%}: the champion stays; choose another promote.scheme or raise the limit"
-        )
-    return loss
+Outcome = tuple[Champion, dict[str, Any]]
 
 
 def promote(
     config: PromoteConfig,
     model_name: str,
-    version: dict[str, Any],
-    student: dict[str, Any],
-    candidate: dict[str, Any],
+    version: dict[str, str],
+    student: Figures,
+    candidate: Figures,
     database: str,
     tracking: str,
-) -> Champion:
-    """Makes a version champion if it passes the gate; repeating it changes nothing.
+    *,
+    teacher: Figures | None = None,
+    run: str = "",
+    force: bool = False,
+) -> Outcome:
+    """Makes a version champion if it passes the gate; repeating it changes nothing. Returns champion and verdict.
 
     Args:
         version: `{"version", "uri", "manifest_sha256"}` of the candidate.
-        student, candidate: measures of the float student and of the candidate.
+        student, candidate, teacher: figures of the float student, of the candidate and of the teacher, by name.
+        run: on whose behalf, for the history.
+        force: let pass whatever the gate says. Files that are not those that were registered never pass.
 
     Raises:
         PromotionRefused: the gate said no, the files are not those that were registered, or another promotion won.
     """
-    check_gate(config, student, candidate)
+    with opened(database) as engine:
+        seen = current_champion(engine, model_name)  # before all else: who comes in between has come first
+        settle_in(engine, model_name, tracking)
+        again = seen is not None and seen.is_version(version)
+
+        def look() -> tuple[dict[str, Any], str]:
+            reigning = Reigning(absent="this version is champion already") if again else _reigning(config, seen)
+            verdict = judge(config, candidate, student, teacher, reigning)
+            reason = _damage(version) or ("" if force else _refusal(model_name, version, verdict))
+            return {**verdict.as_json(), "forced": force and not verdict.passed, "refused": reason}, reason
+
+        if again:
+            verdict, reason = look()
+            if not reason:
+                assert seen is not None
+                announce(engine, model_name, tracking)
+                return seen, verdict
+        promotion = propose(engine, model_name, version, seen, run, forced=force)
+        with kept_alive(engine, promotion):
+            verdict, reason = look()
+            if reason:
+                raise refuse(engine, promotion, tracking, reason, verdict)
+            try:
+                return take_the_crown(engine, promotion, tracking, verdict), verdict
+            except PromotionRefused:
+                winner = current_champion(engine, model_name)
+                if winner is None or not winner.is_version(version):
+                    raise
+                return winner, verdict  # another process asked for the same version, and it reigns
+
+
+def promote_version(config: RunConfig, number: str, force: bool) -> Outcome:
+    """Promotes a version by its number, whichever run registered it, with the figures of its manifest.
+
+    Raises:
+        ConfigError, ModelError: there is no registry, or no such version in it.
+        PromotionRefused: as `promote`.
+    """
+    tracking = tracking_uri(config.state_directory)
+    if not has_registry(tracking):
+        raise ConfigError(f"model {config.model_name}: no registry in {config.storage}: `raystill register` makes one")
+    version = find_version(tracking, config.model_name, number).artefact
+    manifest = _manifest(version["uri"])
+    return promote(
+        config.promote,
+        config.model_name,
+        version,
+        manifest.get("float_student") or {},
+        manifest.get("measured") or {},
+        database_url(config.state_directory),
+        tracking,
+        teacher=manifest.get("teacher"),
+        run=config.name,
+        force=force,
+    )
+
+
+def _manifest(uri: str) -> dict[str, Any]:
+    """A version's manifest, empty if it cannot be read: whether it may be believed is asked together with its files."""
+    storage, name = split_uri(uri)
     try:
-        check_directory(version["uri"], version["manifest_sha256"])
+        return read_manifest(storage, name) or {}
+    except CorruptArtifact:
+        return {}
+
+
+def _reigning(config: PromoteConfig, champion: Champion | None) -> Reigning:
+    """The champion's recorded figures, for rules that ask for them. One whose files are damaged is no measure."""
+    rules = config.champion
+    if champion is None or (rules.max_quality_drop is None and rules.max_latency_ratio is None):
+        return Reigning()
+    try:
+        manifest = read_through(champion.uri, champion.manifest_sha256)
     except CorruptArtifact as error:
-        raise PromotionRefused(
-            f"version {version['version']}: {error}; the champion stays. Delete {version['uri']} and run it again"
-        ) from error
-    engine = open_database(database)
+        return Reigning(absent=f"the champion, version {champion.version}, is damaged ({error})")
+    return Reigning(f"champion, version {champion.version}", manifest.get("measured") or {})
+
+
+def _damage(version: dict[str, str]) -> str:
+    """Why a version's files must not serve; empty if they may."""
     try:
-        champion = current_champion(engine, model_name)
-        if champion is None or champion.manifest_sha256 != version["manifest_sha256"]:
-            champion = crown(
-                engine, model_name, version["version"], version["uri"], version["manifest_sha256"], champion
-            )
-    finally:
-        engine.dispose()
-    try:
-        set_alias(tracking, model_name, "champion", champion.version)
-    except Exception as error:  # the row decides; the next promotion or run repairs the copy
-        logger.warning(
-            "alias champion of %s was not set (%s); the endpoint serves the version all the same", model_name, error
-        )
-    return champion
+        check_version(version["uri"], version["manifest_sha256"])
+    except CorruptArtifact as error:
+        return f"version {version['version']}: {error}; the champion stays. Repair its files, or register it again"
+    return ""
+
+
+def _refusal(model_name: str, version: dict[str, str], verdict: Verdict) -> str:
+    """Every rule that failed, in one line; empty if none did."""
+    if verdict.passed:
+        return ""
+    return (
+        f"version {version['version']} of {model_name} is refused: {'; '.join(verdict.failures)}; the champion stays: "
+        "choose another version or promote.scheme, change the limits, or use --force"
+    )

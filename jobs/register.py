@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import fingerprint
-from cluster.published import fetch_directory, manifest_sha256, publish_directory, read_manifest
+from cluster.published import check_version_files, fetch_directory, manifest_sha256, publish_directory, read_manifest
 from cluster.storage import Storage, split_uri
 from cluster.tracking import register_version
 
@@ -31,18 +31,29 @@ def register(
 
     Returns:
         By scheme, `{"version", "uri", "manifest_sha256"}`.
+
+    Raises:
+        CorruptArtifact: an artefact is not what was published, or holds a file that no version has.
+        RegistryFailed: the registry did not take a version.
     """
     out = {}
     for scheme, artefact in artefacts.items():
         parent, name = split_uri(artefact["uri"])
         with tempfile.TemporaryDirectory(prefix="raystill-register-") as local:
             made = fetch_directory(parent, name, Path(local))
+            check_version_files(made["files"], artefact["uri"])
             known = {key: value for key, value in made.items() if key not in ("files", "sha256")}
             every = {**known, **facts, "model_name": model_name, "measured": artefact["measured"]}
             prefix = f"registry/{model_name}/{scheme}-{fingerprint([made['files'], every])}"
             manifest = read_manifest(storage, prefix) or publish_directory(Path(local), storage, prefix, **every)
         uri, digest = f"{storage.uri}/{prefix}", manifest_sha256(manifest)
-        tags = {"scheme": scheme, **{key: f"{value:.6g}" for key, value in artefact["measured"].items()}}
+        tags = {"scheme": scheme, "run": str(facts["run"]), **_figures(artefact["measured"])}
         version = register_version(tracking, model_name, uri, digest, run_id, tags)
         out[scheme] = {"version": version, "uri": uri, "manifest_sha256": digest}
     return out
+
+
+def _figures(measured: dict[str, Any]) -> dict[str, str]:
+    """Figures as tags: counts to the last digit, others to six."""
+    numbers = {name: value for name, value in measured.items() if isinstance(value, (int, float))}
+    return {name: str(value) if isinstance(value, int) else f"{value:.6g}" for name, value in numbers.items()}

@@ -12,12 +12,14 @@ from typing import Any
 
 import yaml
 
+from cluster.champions import database_url
 from cluster.config import fingerprint
 from cluster.connection import connect
 from cluster.errors import ConfigError, UserError
 from cluster.storage import open_storage
 from cluster.tracking import Tracker, tracking_uri
 from jobs.config import RunConfig
+from jobs.crowning import settle
 from jobs.ledger import SUMMARY, Ledger, StageRecord
 from jobs.lock import only_one
 from jobs.preflight import check_cluster, check_config, check_shapes
@@ -29,8 +31,13 @@ from services.endpoint.client import check_port_free, start_serve
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | None = None) -> dict[str, Any]:
+def run(
+    config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | None = None, force: bool = False
+) -> dict[str, Any]:
     """Does every stage that is not done (or those named in `only`) and returns the summary.
+
+    Args:
+        force: promote whatever the gate says.
 
     Raises:
         UserError: a mistake that was found before anything was written, or in the corpus.
@@ -41,7 +48,9 @@ def run(config: RunConfig, progress: ConsoleProgress, only: tuple[str, ...] | No
     check_config(config)
     if "label" in (only or ()):
         _check_distils(config)
-    this = Run(config, storage)
+    this = Run(config, storage, only or (), force)
+    if "promote" in this.asked:  # also where it is done already: what was broken off does not wait
+        settle(database_url(config.state_directory), config.model_name, tracking_uri(config.state_directory))
     stages = [stage for stage in ALL_STAGES if stage.decides or stage.applies(this)]
     while stages and _take_if_done(this, ledger, stages[0]):
         stages.pop(0)

@@ -7,8 +7,11 @@ import threading
 from typing import Any
 
 from cluster.champions import database_url, find_champion
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, CorruptArtifact
+from cluster.published import check_version_files, read_through
+from cluster.tracking import tracking_uri
 from jobs.config import RunConfig
+from jobs.crowning import settle
 from services.endpoint.client import ask, start_endpoint, stop_endpoint
 from services.endpoint.schema import EndpointConfig
 
@@ -30,9 +33,24 @@ def ask_once(config: RunConfig) -> dict[str, Any]:
 
 
 def check_champion(config: RunConfig) -> None:
-    """Raises `ConfigError` if there is nothing to serve yet."""
-    if find_champion(database_url(config.state_directory), config.model_name) is None:
+    """Settles promotions that were broken off, and looks whether there is something that may be served.
+
+    Raises:
+        ConfigError: there is no champion yet.
+        CorruptArtifact: its files are damaged or gone.
+    """
+    database = database_url(config.state_directory)
+    settle(database, config.model_name, tracking_uri(config.state_directory))
+    champion = find_champion(database, config.model_name)
+    if champion is None:
         raise ConfigError(f"model {config.model_name} has no champion in {config.storage}: `raystill run` makes one")
+    try:
+        check_version_files(read_through(champion.uri, champion.manifest_sha256)["files"], champion.uri)
+    except CorruptArtifact as error:
+        raise CorruptArtifact(
+            f"model {config.model_name}: its champion, version {champion.version}, cannot be served ({error}); repair "
+            "its files, go back with `raystill rollback`, or put another in its place with `raystill promote`"
+        ) from error
 
 
 def serve_until_interrupted(config: RunConfig, say: Any) -> None:

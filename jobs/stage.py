@@ -19,6 +19,10 @@ class Run:
 
     config: RunConfig
     storage: Storage
+    asked: tuple[str, ...] = ()
+    """Stages that were asked for by name."""
+    force: bool = False
+    """Promote whatever the gate says."""
     outputs: dict[str, Output] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     connection: Connection | None = None

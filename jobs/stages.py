@@ -345,16 +345,19 @@ def _register(run: Run, bar: Bar) -> Output:
         scheme: {"uri": artefact["uri"], "measured": run.outputs["quantize"]["models"][f"student_{scheme}"]}
         for scheme, artefact in artefacts.items()
     }
+    measured = run.outputs["evaluate"]["models"]
     facts = {
         "run": run.config.name,
         "data_fingerprint": run.outputs["prepare"]["fingerprint"],
         "teacher_fingerprint": run.keys["teacher"],
         "config_fingerprint": fingerprint(run.config.identity()),
-        "float_student": run.outputs["evaluate"]["models"]["student"],
+        "float_student": measured["student"],
+        **({"teacher": measured["teacher"]} if "teacher" in measured else {}),
     }
     run_id = run.tracker.wait_started() if run.tracker is not None else None
     tracking = tracking_uri(run.config.state_directory)
-    return {"versions": register(with_measures, run.config.model_name, run.storage, tracking, run_id, facts)}
+    versions = register(with_measures, run.config.model_name, run.storage, tracking, run_id, facts)
+    return {"model_name": run.config.model_name, "versions": versions}
 
 
 def _versions_are_there(run: Run, output: Output) -> bool:
@@ -373,21 +376,28 @@ def _promote(run: Run, bar: Bar) -> Output:
     config = run.config
     scheme = config.promote.scheme
     bar.start(1, f"{scheme} at the gate")
-    champion = promote(
+    measured = run.outputs["evaluate"]["models"]
+    champion, verdict = promote(
         config.promote,
         config.model_name,
         run.outputs["register"]["versions"][scheme],
-        run.outputs["evaluate"]["models"]["student"],
+        measured["student"],
         run.outputs["quantize"]["models"][f"student_{scheme}"],
         database_url(config.state_directory),
         tracking_uri(config.state_directory),
+        teacher=measured.get("teacher"),
+        run=config.name,
+        force=run.force,
     )
-    return {"champion": vars(champion)}
+    return {"champion": vars(champion), "verdict": verdict}
 
 
 def _champion_is_there(run: Run, output: Output) -> bool:
-    """Whether anyone reigns: by now it may be somebody else."""
-    return find_champion(database_url(run.config.state_directory), run.config.model_name) is not None
+    """Whether anyone reigns: by now it may be somebody else, who stays unless this promotion is asked for by name."""
+    champion = find_champion(database_url(run.config.state_directory), run.config.model_name)
+    if champion is None or "promote" not in run.asked:
+        return champion is not None
+    return champion.is_version(output["champion"])
 
 
 def _serve_key(run: Run) -> str:

@@ -67,7 +67,7 @@ def _note(stage: dict[str, Any]) -> str:
     if "labelled" in stage:
         return f"{stage['labelled']:,} of {stage['rows']:,} rows labelled now, {size(stage['size_bytes'])} in all"
     if "champion" in stage:
-        return f"version {stage['champion']['version']} is champion of {stage['champion']['model_name']}"
+        return f"version {stage['champion']['version']} was made champion of {stage['champion']['model_name']}"
     if "answer" in stage:
         return f"{stage['question']!r} → {stage['answer']!r}"
     return ""
@@ -96,6 +96,27 @@ def size(num_bytes: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return ""
+
+
+def versions_table(found: dict[str, Any]) -> Table:
+    """The versions of a registered model, the first first."""
+    table = Table(title=escape(f"{found['model_name']}: versions"), title_justify="left")
+    for column in ("version", "bits per byte", "on disk"):
+        table.add_column(column, justify="right")
+    for column in ("scheme", "run", "aliases", "registered", "verdict"):
+        table.add_column(column)
+    for row in found["versions"]:
+        table.add_row(
+            row["version"],
+            f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] is not None else "",
+            size(row["bytes"]) if row["bytes"] is not None else "",
+            escape(row["scheme"]),
+            escape(row["run"]),
+            escape(", ".join(row["aliases"])),
+            row["registered_at"].removesuffix("+00:00").replace("T", " "),
+            row["verdict"] or "",
+        )
+    return table
 
 
 def show(summary: dict[str, Any], console: Console) -> None:

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cluster import champions
+from cluster import champions, promotions
 from cluster.published import manifest_sha256, publish_directory
 from cluster.storage import open_storage
 
@@ -68,6 +68,9 @@ def crown_version(database: str, model_name: str, version: str, uri: str, manife
     engine = champions.open_database(database)
     try:
         seen = champions.current_champion(engine, model_name)
-        return champions.crown(engine, model_name, version, uri, manifest_hash, seen)
+        artefact = {"version": version, "uri": uri, "manifest_sha256": manifest_hash}
+        proposed = promotions.propose(engine, model_name, artefact, seen, run="test")
+        _, champion = promotions.crown(engine, promotions.advance(engine, proposed, "checked"))
+        return champion
     finally:
         engine.dispose()

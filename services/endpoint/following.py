@@ -17,7 +17,7 @@ from sqlalchemy import Engine
 
 from cluster.champions import Champion, current_champion, open_database
 from cluster.errors import CorruptArtifact
-from cluster.published import fetch_directory, manifest_sha256
+from cluster.published import check_version_files, fetch_directory, manifest_sha256
 from cluster.storage import split_uri
 from services.endpoint.model import ServedModel
 
@@ -110,6 +110,7 @@ class ChampionFollower:
                     f"{champion.uri}: the manifest has sha256 {found[:12]}…, the promoted one had "
                     f"{champion.manifest_sha256[:12]}…; promote the version again if the change was meant"
                 )
+            check_version_files(manifest["files"], champion.uri)
             return Served(champion, self._load(Path(directory)))
 
     def _report(self, problem: str, error: Exception | None) -> None:

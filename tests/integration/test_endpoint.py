@@ -16,6 +16,7 @@ import pytest
 
 from cluster.connection import ClusterConfig, connect
 from cluster.errors import PortInUse
+from jobs.rollback import rollback
 from services.endpoint.client import ask, check_port_free, start_endpoint, stop_endpoint
 from services.endpoint.errors import EndpointUnavailable
 from services.endpoint.schema import EndpointConfig
@@ -213,3 +214,15 @@ def test_tampered_version_is_refused_and_the_old_one_stays(endpoint: Running) ->
     wait_until(lambda: endpoint.health()["version"] == "3")
     assert endpoint.health()["problem"] is None
     assert ask(endpoint.url, MODEL, PROMPT, 12) != before
+
+
+def test_rollback_is_followed(endpoint: Running) -> None:
+    assert endpoint.health()["version"] == "3"
+    epoch, answer = endpoint.health()["epoch"], ask(endpoint.url, MODEL, PROMPT, 12)
+    rollback(MODEL, endpoint.database, f"sqlite:///{endpoint.directory}/nowhere.db")
+    wait_until(lambda: endpoint.health()["version"] == "2")
+    assert endpoint.health()["epoch"] == epoch + 1
+    assert ask(endpoint.url, MODEL, PROMPT, 12) != answer
+    rollback(MODEL, endpoint.database, f"sqlite:///{endpoint.directory}/nowhere.db", to="3")
+    wait_until(lambda: endpoint.health()["version"] == "3")
+    assert ask(endpoint.url, MODEL, PROMPT, 12) == answer

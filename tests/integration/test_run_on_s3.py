@@ -27,7 +27,7 @@ def test_run_on_s3_that_fails_now_and_then_is_the_run_on_files(s3_server, tmp_pa
         "teacher": {"model": str(tiny.save_model(tmp_path / "teacher")), "dtype": "float32"},
         "student": {"from_teacher": {"layers": [0]}},
         "train": {"steps": 12, "global_batch": 8, "micro_batch": 4, "checkpoint_every": 4, "validate_every": 4},
-        "promote": {"max_quality_loss": 0.5},
+        "promote": {"max_quality_drop": 0.5},
         "serve": {"port": free_port()},
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))

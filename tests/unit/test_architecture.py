@@ -24,6 +24,7 @@ LIGHT = sorted(
     {"cluster.config", "cluster.errors", "cluster.resources", "cluster.logs", "cluster.storage", "cluster.published"}
     | {"cluster.s3", "cluster.multipart", "cluster.attempts"}
     | {"cluster.connection", "cluster.pretrained", "cluster.tracking", "cluster.champions"}
+    | {"cluster.promotions", "cluster.processes", "cluster.registry", "cluster.names", "jobs.gate", "jobs.rollback"}
     | {"jobs.config", "jobs.ledger", "jobs.training.plan", "jobs.training.choice", "jobs.training.objective"}
     | {"jobs.__main__"}
     | {name for name in MODULES if re.fullmatch(r"services\.\w+\.(schema|signals|packing|client)", name)}
@@ -213,6 +214,7 @@ def test_importing_all_modules_does_nothing(tmp_path):
 
 def test_help_is_there_for_every_command(command, tmp_path):
     assert {"run", "prepare", "train", "evaluate", "quantize", "register", "promote", "serve", "status"} <= {*COMMANDS}
+    assert {"rollback", "versions"} <= {*COMMANDS}
     done = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     for name in COMMANDS:

@@ -1,6 +1,5 @@
-"""One crown for many claimants, and errors that survive the way between processes."""
+"""The champions database, and errors that survive the way between processes."""
 
-import multiprocessing
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -8,11 +7,12 @@ from threading import Barrier
 import pytest
 
 from cluster import errors
-from cluster.champions import crown, current_champion, database_url, find_champion, open_database
-from cluster.errors import PromotionRefused, RaystillError, StorageError, UserError
+from cluster.champions import current_champion, database_url, find_champion, open_database
+from cluster.errors import RaystillError, StorageError, UserError
+from cluster.promotions import history
+from tests.promotion_races import crown_one
 
 CLAIMANTS = 8
-ROUNDS = 30
 
 
 @pytest.fixture
@@ -25,91 +25,10 @@ def leaves(kind):
     return [leaf for item in below for leaf in leaves(item)] if below else [kind]
 
 
-# --- the crown --------------------------------------------------------------------------------------------------------
-
-
-def test_crown_of_racing_threads_exactly_one_wins_every_round(database):
-    start = Barrier(CLAIMANTS)
-    watcher = open_database(database)
-    engines = [open_database(database) for _ in range(CLAIMANTS)]
-
-    def claim(number, turn, seen):
-        version = f"{turn}.{number}"
-        start.wait()
-        try:
-            return "won", crown(engines[number], "m", version, f"file:///{version}", "0" * 64, seen)
-        except PromotionRefused as refused:
-            return "lost", str(refused)
-
-    with ThreadPoolExecutor(CLAIMANTS) as pool:
-        for turn in range(1, ROUNDS + 1):
-            seen = current_champion(watcher, "m")
-            outcomes = list(pool.map(claim, range(CLAIMANTS), [turn] * CLAIMANTS, [seen] * CLAIMANTS))
-            winners = [outcome for kind, outcome in outcomes if kind == "won"]
-            losers = [outcome for kind, outcome in outcomes if kind == "lost"]
-            assert len(winners) == 1
-            assert current_champion(watcher, "m") == winners[0]
-            assert winners[0].epoch == turn
-            assert len(losers) == CLAIMANTS - 1
-            for message in losers:
-                assert f"but version {winners[0].version} was promoted meanwhile" in message
-                assert f"over {seen.version if seen else 'none'}" in message
-    for engine in (watcher, *engines):
-        engine.dispose()
-
-
-def _claim_all(number, database, start, outcomes):
-    engine = open_database(database)
-    for _ in range(ROUNDS):
-        start.wait(60)
-        seen = current_champion(engine, "m")
-        start.wait(60)  # all have seen the same champion
-        try:
-            crown(engine, "m", str(number), "file:///x", "0" * 64, seen)
-            outcomes.put(seen.epoch + 1 if seen else 1)
-        except PromotionRefused:
-            outcomes.put(None)
-        start.wait(60)
-
-
-def test_crown_of_racing_processes_exactly_one_wins_every_round(database):
-    context = multiprocessing.get_context("spawn")
-    start, outcomes = context.Barrier(4), context.Queue()
-    claimants = [context.Process(target=_claim_all, args=(n, database, start, outcomes)) for n in range(4)]
-    for process in claimants:
-        process.start()
-    found = [outcomes.get(timeout=120) for _ in range(4 * ROUNDS)]
-    for process in claimants:
-        process.join(60)
-    assert [process.exitcode for process in claimants] == [0] * 4
-    assert sorted(epoch for epoch in found if epoch) == list(range(1, ROUNDS + 1))
-
-
-def test_crown_with_an_old_sight_is_refused_and_changes_nothing(database):
-    engine = open_database(database)
-    first = crown(engine, "m", "1", "file:///1", "a" * 64, None)
-    second = crown(engine, "m", "2", "file:///2", "b" * 64, first)
-    for seen in (None, first):
-        with pytest.raises(PromotionRefused, match="version 2 was promoted meanwhile; look at it, then promote again"):
-            crown(engine, "m", "3", "file:///3", "c" * 64, seen)
-    assert current_champion(engine, "m") == second
-    assert (second.epoch, second.version, second.uri, second.manifest_sha256) == (2, "2", "file:///2", "b" * 64)
-    engine.dispose()
-
-
-def test_crown_of_one_model_leaves_the_others(database):
-    engine = open_database(database)
-    one = crown(engine, "one", "1", "file:///1", "a" * 64, None)
-    assert crown(engine, "two", "7", "file:///7", "b" * 64, None).epoch == 1
-    assert current_champion(engine, "one") == one
-    assert current_champion(engine, "three") is None
-    engine.dispose()
-
-
 # --- the database -----------------------------------------------------------------------------------------------------
 
 
-def test_database_opened_by_many_at_once_has_its_table(tmp_path):
+def test_database_opened_by_many_at_once_has_its_tables(tmp_path):
     for turn in range(10):
         start = Barrier(CLAIMANTS)
         url = f"sqlite:///{tmp_path}/{turn}.db"
@@ -118,6 +37,7 @@ def test_database_opened_by_many_at_once_has_its_table(tmp_path):
             start.wait()
             engine = open_database(url)
             try:
+                assert history(engine, "m") == []
                 return current_champion(engine, "m")
             finally:
                 engine.dispose()
@@ -127,9 +47,7 @@ def test_database_opened_by_many_at_once_has_its_table(tmp_path):
 
 
 def test_database_is_kept_when_it_is_opened_again(database):
-    engine = open_database(database)
-    champion = crown(engine, "m", "1", "file:///1", "a" * 64, None)
-    engine.dispose()
+    champion = crown_one(database, 1)
     assert find_champion(database, "m") == champion
 
 

@@ -339,7 +339,7 @@ DECIDING = [
     "quantize.schemes=[int8_weight_only]",
     "register.model_name=other",
     "promote.scheme=onnx_int8",
-    "promote.max_quality_loss=0.5",
+    "promote.max_quality_drop=0.5",
     "serve.max_context_tokens=99",
     "serve.question=why",
 ]

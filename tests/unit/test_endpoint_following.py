@@ -9,6 +9,7 @@ import pytest
 from cluster.errors import ModelError
 from cluster.published import manifest_sha256, publish_directory
 from cluster.storage import open_storage
+from jobs.rollback import rollback
 from services.endpoint import following
 from services.endpoint.following import ChampionFollower
 from tests.endpoint_models import crown_version
@@ -24,7 +25,7 @@ class Loader:
 
     def __call__(self, directory: Path) -> Any:
         self.directories.append(directory)
-        text = (directory / "weights").read_text()
+        text = (directory / "weights.txt").read_text()
         if text == "unusable":
             raise ModelError("cannot be used")
         return text
@@ -38,7 +39,7 @@ def database(tmp_path: Path) -> str:
 def publish(tmp_path: Path, database: str, version: str, weights: str) -> Path:
     source = tmp_path / f"local-{version}"
     source.mkdir()
-    (source / "weights").write_text(weights)
+    (source / "weights.txt").write_text(weights)
     storage = open_storage(str(tmp_path / "storage"))
     manifest = publish_directory(source, storage, version, scheme="float")
     crown_version(database, MODEL, version, f"{storage.uri}/{version}", manifest_sha256(manifest))
@@ -68,17 +69,17 @@ def test_poll_refuses_a_bad_version_and_keeps_the_old_one(tmp_path: Path, databa
     stored = publish(tmp_path, database, "2", "unusable" if damage == "unusable" else "two")
     manifest = json.loads((stored / "manifest.json").read_text())
     if "file" in damage:
-        (stored / "weights").write_text("evil")
+        (stored / "weights.txt").write_text("evil")
     if damage == "manifest":
         manifest["scheme"] = "other"
     if damage == "file and manifest":
         other = tmp_path / "other"
         other.mkdir()
-        (other / "weights").write_text("evil")
+        (other / "weights.txt").write_text("evil")
         manifest = publish_directory(other, open_storage(str(tmp_path / "storage")), "2", scheme="float")
     (stored / "manifest.json").write_text(json.dumps(manifest))
     if damage == "missing":
-        (stored / "weights").unlink()
+        (stored / "weights.txt").unlink()
     follower.poll()
     assert follower.served is not None
     assert follower.served.model == "one"
@@ -86,6 +87,37 @@ def test_poll_refuses_a_bad_version_and_keeps_the_old_one(tmp_path: Path, databa
     assert expected in (follower.problem or "")
     assert "version 1 stays" in (follower.problem or "")
     assert str(tmp_path) not in (follower.problem or "")
+
+
+def test_poll_refuses_a_version_with_a_pickle_even_if_the_manifest_names_it(tmp_path: Path, database: str) -> None:
+    load = Loader()
+    follower = ChampionFollower(MODEL, database, load)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "weights.txt").write_text("one")
+    (source / "pytorch_model.bin").write_bytes(b"\x80\x02cposix\nsystem\n.")
+    storage = open_storage(str(tmp_path / "storage"))
+    manifest = publish_directory(source, storage, "1")
+    crown_version(database, MODEL, "1", f"{storage.uri}/1", manifest_sha256(manifest))
+    follower.poll()
+    assert (follower.served, load.directories) == (None, [])
+    assert "files do not match" in (follower.problem or "")
+
+
+def test_poll_follows_a_rollback(tmp_path: Path, database: str) -> None:
+    follower = ChampionFollower(MODEL, database, Loader())
+    for version in ("1", "2"):
+        publish(tmp_path, database, version, f"weights {version}")
+    nowhere = f"sqlite:///{tmp_path}/nowhere.db"
+    for turn in range(10):
+        follower.poll()
+        assert follower.served is not None
+        assert (follower.served.model, follower.served.champion.epoch) == ("weights 2", 2 + 2 * turn)
+        rollback(MODEL, database, nowhere)
+        follower.poll()
+        assert (follower.served.model, follower.served.champion.epoch) == ("weights 1", 3 + 2 * turn)
+        rollback(MODEL, database, nowhere, to="2")
+    assert follower.problem is None
 
 
 def test_poll_tries_a_refused_version_again_later_and_a_new_one_at_once(

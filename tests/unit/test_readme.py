@@ -40,8 +40,13 @@ def test_readme_raystill_command_parses(line):
     _, command, *arguments = shlex.split(line)
     known = typer.main.get_command(app).commands
     assert command in known
-    arguments = [argument for argument in arguments if argument not in ("--json", "--dry-run")]
-    if arguments and command != "status" and arguments[0] != "CONFIG":
+    options = {name for option in known[command].params for name in option.opts}
+    for place, argument in reversed([*enumerate(arguments)]):
+        if argument.startswith("--"):
+            assert argument in options
+            option = next(option for option in known[command].params if argument in option.opts)
+            del arguments[place : place + (1 if option.is_flag else 2)]
+    if arguments and command not in ("status", "versions") and arguments[0] != "CONFIG":
         load(RunConfig, ROOT / arguments[0], arguments[1:])
 
 

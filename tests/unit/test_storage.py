@@ -107,7 +107,7 @@ def test_publish_without_manifest_does_not_exist_and_damage_is_named(storage, tm
 
 def test_publish_manifest_with_a_hostile_name_is_refused(storage, tmp_path):
     storage.write_json("m/manifest.json", {"files": {"../../evil": {"sha256": "0", "size_bytes": 1}}})
-    with pytest.raises(StorageError, match="leave its root"):
+    with pytest.raises(CorruptArtifact, match="leave its root"):
         fetch_directory(storage, "m", tmp_path / "copy")
     assert not (tmp_path / "evil").exists()
 

@@ -1,0 +1,99 @@
+"""The last steps of every promotion, and what a start does for those that were broken off.
+
+The row decides who reigns; MLflow's alias is a copy. It is written after the row, and then the row is looked at again:
+who writes it late finds a newer champion there, and writes that one instead.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine
+
+from cluster.champions import Champion, current_champion, has_database, now_text, opened
+from cluster.errors import PromotionRefused
+from cluster.promotions import Promotion, abandon_dead, advance, crown, mark_announced, reign_of
+from cluster.registry import point_champion, tag_version
+
+logger = logging.getLogger(__name__)
+
+
+def settle(database: str, model_name: str, tracking: str) -> None:
+    """Finishes or abandons what dead processes left, and repairs the alias. Where there is no database it makes none.
+
+    Takes no longer than `cluster.promotions.LEASE_S` and the registry's answer. A registry that does not answer is a
+    warning.
+    """
+    if has_database(database):
+        with opened(database) as engine:
+            settle_in(engine, model_name, tracking)
+
+
+def settle_in(engine: Engine, model_name: str, tracking: str) -> None:
+    """The same in a database that is open."""
+    for promotion in abandon_dead(engine, model_name):
+        logger.warning("promotion %d of %s was abandoned: %s", promotion.id, model_name, promotion.reason)
+    announce(engine, model_name, tracking)
+
+
+def take_the_crown(
+    engine: Engine, promotion: Promotion, tracking: str, verdict: dict[str, Any] | None = None
+) -> Champion:
+    """From `proposed` to `announced`: the gate and the files have said yes.
+
+    Raises:
+        PromotionRefused: another promotion won.
+    """
+    checked = advance(engine, promotion, "checked", verdict=json.dumps(verdict) if verdict else "")
+    _, champion = crown(engine, checked)
+    announce(engine, promotion.model_name, tracking)
+    return champion
+
+
+def refuse(
+    engine: Engine, promotion: Promotion, tracking: str, reason: str, verdict: dict[str, Any] | None = None
+) -> PromotionRefused:
+    """Writes a refusal down, with the gate's verdict where there is one, and returns the error to raise."""
+    advance(engine, promotion, "refused", reason=reason, verdict=json.dumps(verdict) if verdict else "")
+    if verdict and has_registry(tracking):
+        _tag_verdict(tracking, promotion.model_name, promotion.version, verdict)
+    return PromotionRefused(reason)
+
+
+def announce(engine: Engine, model_name: str, tracking: str) -> None:
+    """Makes MLflow say who reigns, and why. May be done any number of times, by anyone."""
+    if not has_registry(tracking):
+        return
+    champion = current_champion(engine, model_name)
+    while champion is not None:
+        reign = reign_of(engine, model_name, champion.epoch)
+        try:
+            point_champion(tracking, model_name, champion.version, champion.manifest_sha256)
+        except Exception as error:  # the row decides; the next start repairs the copy
+            reason = " ".join(str(error).split())
+            logger.warning("alias champion of %s was not set (%s); the version serves all the same", model_name, reason)
+            return
+        if reign is not None and reign.state == "crowned" and reign.verdict:
+            _tag_verdict(tracking, model_name, champion.version, json.loads(reign.verdict))
+        found = current_champion(engine, model_name)
+        if found == champion:
+            mark_announced(engine, champion)
+            return
+        champion = found
+
+
+def _tag_verdict(tracking: str, model_name: str, version: str, verdict: dict[str, Any]) -> None:
+    """Writes a verdict to the version; a registry that does not take it is a warning, since the history has it too."""
+    said = "refused" if verdict["refused"] else "forced" if verdict["forced"] else "passed"
+    tags = {"verdict": said, "verdict_at": now_text(), "verdict_rules": json.dumps(verdict["rules"])}
+    try:
+        tag_version(tracking, model_name, version, tags)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        logger.warning("the verdict on %s version %s is in the history only (%s)", model_name, version, reason)
+
+
+def has_registry(tracking: str) -> bool:
+    """False where the registry is a file that is not there: asking would make an empty one."""
+    return not tracking.startswith("sqlite:///") or Path(tracking.removeprefix("sqlite:///")).is_file()

@@ -1,0 +1,176 @@
+"""The gate: what a candidate must be beside its float student, the teacher, and the champion that reigns. Pure.
+
+Figures are read by name from what was measured: bits per byte on held-out text, bytes on disk, milliseconds per token.
+The candidate's were measured on the artefact that will be served, reloaded in a fresh process. Every rule is asked,
+so that a refusal names all that fail; one whose figure was not measured, or is not a number, fails.
+
+Retention is the teacher's bits per byte over the candidate's: the share of the teacher's quality that is kept. Time per
+token is `ms_per_token` where both sides have it; otherwise the time of scoring, 1000 / `tokens_per_s`, for both.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jobs.config import PromoteConfig
+
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RuleResult:
+    """One rule and what it found."""
+
+    rule: str
+    """The key of the limit in the config."""
+    limit: float
+    against: str
+    """Whose figure the candidate's is compared with; empty where it stands alone."""
+    figure: str
+    candidate: float | None
+    """The candidate's figure; None: not measured."""
+    other: float | None
+    value: float | None
+    """What is compared with the limit; None: it could not be formed."""
+    passed: bool
+    reason: str
+    """The finding as a sentence."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    rules: list[RuleResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Rules that had nothing to compare with, and why."""
+
+    @property
+    def passed(self) -> bool:
+        return all(rule.passed for rule in self.rules)
+
+    @property
+    def failures(self) -> list[str]:
+        return [rule.reason for rule in self.rules if not rule.passed]
+
+    def as_json(self) -> dict[str, Any]:
+        """The verdict as plain JSON; a figure that is no finite number is text there."""
+        rules = [{name: _plain(value) for name, value in vars(rule).items()} for rule in self.rules]
+        return {"passed": self.passed, "rules": rules, "notes": self.notes}
+
+
+@dataclass(frozen=True)
+class Reigning:
+    """The champion at the gate: its figures, or why there is nothing to compare with."""
+
+    name: str = "champion"
+    figures: Figures | None = None
+    absent: str = "no version is champion yet"
+
+
+def judge(
+    config: PromoteConfig, candidate: Figures, student: Figures, teacher: Figures | None, reigning: Reigning
+) -> Verdict:
+    """Asks every rule of the config.
+
+    Args:
+        candidate, student, teacher: figures by name; the student's are those of its float version.
+    """
+    rules = [_quality_drop("promote.max_quality_drop", config.max_quality_drop, candidate, student, "float student")]
+    if config.min_retention is not None:
+        rules.append(_retention(config.min_retention, candidate, teacher or {}))
+    if config.max_latency_ratio is not None:
+        arguments = ("promote.max_latency_ratio", config.max_latency_ratio)
+        rules.append(_latency_ratio(*arguments, candidate, teacher or {}, "teacher"))
+    if config.max_size_mb is not None:
+        rules.append(_size(config.max_size_mb, candidate))
+    notes = []
+    for name, ask in (("max_quality_drop", _quality_drop), ("max_latency_ratio", _latency_ratio)):
+        limit = getattr(config.champion, name)
+        if limit is None:
+            continue
+        if reigning.figures is None:
+            notes.append(f"promote.champion.{name} was not asked: {reigning.absent}")
+        else:
+            rules.append(ask(f"promote.champion.{name}", limit, candidate, reigning.figures, reigning.name))
+    return Verdict(rules, notes)
+
+
+def _quality_drop(rule: str, limit: float, candidate: Figures, other: Figures, against: str) -> RuleResult:
+    figure, mine, theirs = _bits(candidate, other)
+    if (missing := _not_measured(rule, figure, limit, mine, theirs, against)) is not None:
+        return missing
+    drop = _ratio(mine, theirs) - 1
+    said = f"{_beside(mine, theirs, against)} is a drop of {_percent(drop)}, allowed {_percent(limit)}"
+    return RuleResult(rule, limit, against, figure, mine, theirs, drop, drop <= limit, f"{rule}: {said}")
+
+
+def _retention(limit: float, candidate: Figures, teacher: Figures) -> RuleResult:
+    rule, against = "promote.min_retention", "teacher"
+    figure, mine, theirs = _bits(candidate, teacher)
+    if (missing := _not_measured(rule, figure, limit, mine, theirs, against)) is not None:
+        return missing
+    kept = _ratio(theirs, mine)
+    said = f"{_beside(mine, theirs, against)} keeps {_percent(kept)}, wanted {_percent(limit)}"
+    return RuleResult(rule, limit, against, figure, mine, theirs, kept, kept >= limit, f"{rule}: {said}")
+
+
+def _latency_ratio(rule: str, limit: float, candidate: Figures, other: Figures, against: str) -> RuleResult:
+    figure, mine, theirs = "ms_per_token", _number(candidate, "ms_per_token"), _number(other, "ms_per_token")
+    if mine is None or theirs is None:
+        speeds = _number(candidate, "tokens_per_s"), _number(other, "tokens_per_s")
+        if speeds[0] is not None and speeds[1] is not None:
+            figure, (mine, theirs) = "1000/tokens_per_s", (_ratio(1000, speed) for speed in speeds)
+    if (missing := _not_measured(rule, figure, limit, mine, theirs, against)) is not None:
+        return missing
+    ratio = _ratio(mine, theirs)
+    said = f"{mine:.4g} ms per token against {theirs:.4g} of the {against} is {ratio:.3g} times, allowed {limit:g}"
+    return RuleResult(rule, limit, against, figure, mine, theirs, ratio, ratio <= limit, f"{rule}: {said}")
+
+
+def _size(limit: float, candidate: Figures) -> RuleResult:
+    rule, num_bytes = "promote.max_size_mb", _number(candidate, "bytes")
+    if (missing := _not_measured(rule, "bytes", limit, num_bytes, 0.0, "")) is not None:
+        return missing
+    assert num_bytes is not None
+    size_mb = num_bytes / 1e6
+    said = f"{size_mb:.3f} MB of weights, allowed {limit:g}"
+    return RuleResult(rule, limit, "", "bytes", num_bytes, None, size_mb, size_mb <= limit, f"{rule}: {said}")
+
+
+def _not_measured(
+    rule: str, figure: str, limit: float, mine: float | None, theirs: float | None, against: str
+) -> RuleResult | None:
+    """The failure of a rule that lacks a figure."""
+    whose = [name for name, value in (("candidate", mine), (against, theirs)) if value is None]
+    if not whose:
+        return None
+    said = f"{figure} of the {' and of the '.join(whose)} was not measured, the limit is {limit:g}"
+    return RuleResult(rule, limit, against, figure, mine, theirs, None, False, f"{rule}: {said}")
+
+
+def _bits(candidate: Figures, other: Figures) -> tuple[str, float | None, float | None]:
+    return "bits_per_byte", _number(candidate, "bits_per_byte"), _number(other, "bits_per_byte")
+
+
+def _beside(mine: float | None, theirs: float | None, against: str) -> str:
+    return f"{mine:.6g} bits per byte against {theirs:.6g} of the {against}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
+def _number(figures: Figures, name: str) -> float | None:
+    value = figures.get(name)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _ratio(numerator: float | None, denominator: float | None) -> float:
+    """Not a number where the division says nothing; no limit lets that pass."""
+    if numerator is None or denominator is None or not 0 < denominator < math.inf:
+        return math.nan
+    return numerator / denominator
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
