@@ -14,7 +14,7 @@ from typing import Any
 import lm_eval
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, disable_progress_bars
 from lm_eval.api.group import Group
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import ConfigurableTask
@@ -55,6 +55,7 @@ def ask(
     """
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    disable_progress_bars()
     group = Group.from_config(
         {"group": questions.task.name, "aggregate_metric_list": [{"metric": name} for name in METRICS]}
     )

@@ -88,7 +88,7 @@ def compare(
     start = 0
     for chunk in zip(*models.values(), strict=True):
         logits = dict(zip(models, chunk, strict=True))
-        targets_n = torch.from_numpy(targets_N[start : start + len(chunk[0])]).to(chunk[0].device)
+        targets_n = torch.from_numpy(targets_N[start : start + len(chunk[0])])
         of_teacher = logits[teacher] if teacher is not None else None
         for name, logits_nV in logits.items():
             parts[name].append(_score(logits_nV, of_teacher if name != teacher else None, targets_n))
@@ -102,15 +102,15 @@ def compare(
 
 
 def _score(logits_nV: Tensor, teacher_nV: Tensor | None, targets_n: Tensor) -> tuple[Tensor, ...]:
-    """Loss of each position; with a teacher also divergence and agreement."""
+    """Loss of each position; with a teacher also divergence and agreement. Models may be on different devices."""
     logprobs_nV = torch.log_softmax(logits_nV.float(), -1)
-    nats_n = -logprobs_nV.gather(-1, targets_n[:, None])[:, 0].double()
+    nats_n = -logprobs_nV.gather(-1, targets_n.to(logits_nV.device)[:, None])[:, 0].double()
     if teacher_nV is None:
         return (nats_n,)
     # As in training (jobs.training.losses): the teacher's distribution over the columns that both have, the model's
     # over all of its own, so that what it believes of further columns counts against it.
     columns = min(teacher_nV.shape[-1], logits_nV.shape[-1])
-    log_p_nC = torch.log_softmax(teacher_nV[:, :columns].float(), -1).clamp_min_(LOG_FLOOR)
+    log_p_nC = torch.log_softmax(teacher_nV[:, :columns].to(logits_nV.device).float(), -1).clamp_min_(LOG_FLOOR)
     log_q_nC = logprobs_nV[:, :columns].clamp_min(LOG_FLOOR)
     divergence_n = (log_p_nC.exp() * (log_p_nC - log_q_nC)).sum(-1, dtype=torch.float64)
     return nats_n, divergence_n, log_p_nC.argmax(-1) == log_q_nC.argmax(-1)
