@@ -36,6 +36,7 @@ class EvaluationPlan:
         storage, store: root and prefix of the example store; its validation split is read.
         tokenizer: of all models; needed for questions only.
         threads: of each process that computes.
+        validation_rows: those that the training of the student looked at.
     """
 
     models: dict[str, tuple[str, str]]
@@ -44,6 +45,7 @@ class EvaluationPlan:
     store: str
     config: EvaluateConfig
     threads: int
+    validation_rows: int = 0
     tokenizer: str = ""
     questions: list[Questions] = field(default_factory=list)
 
@@ -117,6 +119,8 @@ def _measure_quality(
             raise ModelError(f"model {model} ({scheme}): {error} on held-out text: train it anew") from error
         if of_model.has_teacher:
             details["agreement_by_position"][name] = agreement_by_position(of_model)
+    if TEACHER in sums and plan.validation_rows in range(1, config.max_rows + 1):
+        details["teacher_bits_per_byte_in_training"] = sums[TEACHER].bits_per_byte(plan.validation_rows)
 
 
 def _ask_all(

@@ -66,7 +66,7 @@ def training(losses: Sequence[float], validation: Sequence[Sequence[float]], tea
         steps, values = [item[0] for item in validation], [item[1] for item in validation]
         of_validation.plot(steps, values, color=_SERIES[1], marker="o", markersize=4, label="student")
         if teacher is not None:
-            of_validation.axhline(teacher, color=_MUTED, linestyle="--", linewidth=1.2, label="teacher, at the end")
+            of_validation.axhline(teacher, color=_MUTED, linestyle="--", linewidth=1.2, label="teacher, same rows")
             of_validation.legend()
         of_validation.set(title="held-out bits per byte", xlabel="step")
         for axes in (of_loss, of_validation):

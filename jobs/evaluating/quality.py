@@ -41,6 +41,10 @@ class RowSums:
     """Agreements by place in the row of the token that is predicted."""
     positions_at: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
+    def bits_per_byte(self, rows: int) -> float:
+        """Of the first so many rows."""
+        return sum(self.nats[:rows]) / math.log(2) / max(1, sum(self.num_bytes[:rows]))
+
     def add(self, scores: "PositionScores", batch: MicroBatch, rows: list[Row]) -> None:
         """The scores of a batch that was collated from these rows."""
         ends_R = np.cumsum(batch.row_lengths)

@@ -263,9 +263,9 @@ def _figures(
         caption = "Share of tokens whose most likely prediction is the teacher's, by their place in the held-out rows."
         out.append(("Agreement by place in the row", caption, svg))
     if trained.get("losses"):
-        teacher = models.get("teacher", {}).get("bits_per_byte")
+        teacher = details[0].get("teacher_bits_per_byte_in_training")
         svg = plots.training(trained["losses"], trained.get("validation", []), teacher)
-        caption = "The loss is the objective of the training; bits per byte are of the validation rows it looked at."
+        caption = "The loss is the objective of the training; bits per byte are of the held-out rows that it looked at."
         out.append(("Training of the student", caption, svg))
     if sum(trained.get("parts_s", {}).values()):
         parts = {name: trained["parts_s"].get(name, 0.0) for name in PARTS}

@@ -74,6 +74,7 @@ def _plan(run: Run, models: dict[str, tuple[str, str]]) -> EvaluationPlan:
         store=run.store_prefix,
         config=run.config.evaluate,
         threads=physical_cores(),
+        validation_rows=run.config.train.validation_rows,
         tokenizer=run.tokenizer,
         questions=read_questions(run.config.evaluate),
     )

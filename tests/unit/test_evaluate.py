@@ -60,7 +60,7 @@ def test_measure_gives_numbers_for_every_model_and_details_as_json(prepared, stu
     models = {"teacher": (teacher, "float"), "student": (str(student), "float")}
     found = measure(plan(prepared, models), lambda rows, note: reports.append((rows, note)))
     assert json.loads(json.dumps(found)) == found
-    assert no_process == [3, 3]
+    assert no_process == [3, 3]  # as many rows as the largest of speed_batches
     for name, figures in found["models"].items():
         assert all(isinstance(value, (int, float)) for value in figures.values())
         assert figures["bytes"] == model_bytes(models[name][0])
@@ -72,6 +72,10 @@ def test_measure_gives_numbers_for_every_model_and_details_as_json(prepared, stu
     assert set(details["agreement_by_position"]) == {"student"}
     assert set(details["tasks"]["quiz"]["teacher"]) == {"", "world_history", "algebra"}
     assert details["absent"]["student"] == {"joules_per_token": "none here"}
+    assert "teacher_bits_per_byte_in_training" not in details
+    rows = [measure(plan(prepared, models, questions=[], validation_rows=n), print) for n in (2, 6)]
+    seen = [item["details"]["teacher_bits_per_byte_in_training"] for item in rows]
+    assert seen[0] != seen[1] == pytest.approx(found["models"]["teacher"]["bits_per_byte"])
     assert (0, "teacher: speed and memory") in reports
     assert (6, "quality") in reports
     assert reports[-1] == (6, "quiz: student 16/16")

@@ -10,7 +10,7 @@ import torch
 from cluster.language_model import load_causal_lm
 from cluster.pretrained import load_tokenizer
 from jobs.config import MultipleChoiceTask
-from jobs.evaluating.multiple_choice import ScorerModel, ask
+from jobs.evaluating.multiple_choice import ScorerModel, _task, ask
 from jobs.evaluating.questions import Questions, _checked
 from jobs.quantization.torch_scorer import TorchScorer
 from tests import tiny
@@ -204,6 +204,22 @@ def test_hellaswag_scores_are_those_of_the_prompts_written_by_hand(scorer, token
     assert found[""]["acc"] == pytest.approx(np.mean(plain))
     assert found[""]["acc_norm"] == pytest.approx(np.mean(normed))
     assert found[""]["questions"] == 6
+
+
+@pytest.mark.parametrize("format", ["mmlu", "hellaswag"])
+def test_likelihoods_are_those_of_lm_eval_s_own_model(model, scorer, tokenizer, format):
+    from lm_eval.models.huggingface import HFLM
+
+    asked = questions(mmlu() if format == "mmlu" else hellaswag(), format)
+    instances = []
+    for subject in asked.subjects:
+        task = _task(asked, subject)
+        task.build_all_requests()
+        instances += task.instances
+    theirs = HFLM(pretrained=str(model), device="cpu", batch_size=4, dtype="float32").loglikelihood(instances)
+    ours = ScorerModel(scorer, tokenizer, 500, lambda done, total: None).loglikelihood(instances)
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], rel=1e-5)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
 
 
 def test_single_question_has_a_score_and_no_standard_error(scorer, tokenizer):

@@ -75,6 +75,7 @@ def outputs(quantised=True, teacher=True):
                 "measured_at": "2026-11-21T10:00:00+00:00",
                 "machine": {**MACHINE, "transformers": "5.23"},
                 "absent": {name: {} for name in chosen},
+                "teacher_bits_per_byte_in_training": 1.0,
                 "agreement_by_position": {
                     name: [[0, 31, 0.4, 90], [32, 63, 0.5, 80]] for name in chosen if name != "teacher" and teacher
                 },
@@ -201,6 +202,13 @@ def test_report_plots_follow_the_colours_of_the_page():
         "Training loss and held-out bits per byte over the steps",
         "Where the time of a training step goes",
     ]
+
+
+def test_report_shows_the_teacher_in_training_on_the_same_rows_or_not_at_all():
+    assert ">teacher, same rows</text>" in render_report(CONFIG, outputs(), KEYS)
+    found = outputs()
+    del found["evaluate"]["details"]["teacher_bits_per_byte_in_training"]
+    assert "teacher, same rows" not in render_report(CONFIG, found, KEYS)
 
 
 def test_report_after_evaluate_has_the_float_models_alone():
