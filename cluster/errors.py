@@ -16,6 +16,7 @@
     ├── NonFiniteLoss(ArithmeticError)      training stopped; the message names the rows
     ├── CorruptArtifact(ValueError)         files that do not match their manifest
     ├── TrainingFailed(RuntimeError)        the worker group failed more often than allowed
+    ├── EvaluationFailed(RuntimeError)      a model could not be measured
     ├── QuantizationFailed(RuntimeError)    an artefact that does not reload to the same function
     ├── RegistryFailed(RuntimeError)        MLflow's registry did not take a version
     └── PromotionRefused(RuntimeError)      the gate or the files said no, or another promotion won
@@ -85,6 +86,10 @@ class CorruptArtifact(RaystillError, ValueError):
 
 
 class TrainingFailed(RaystillError, RuntimeError):
+    pass
+
+
+class EvaluationFailed(RaystillError, RuntimeError):
     pass
 
 

@@ -234,11 +234,54 @@ class DistillConfig(Config):
         return self
 
 
+class MultipleChoiceTask(Config):
+    """Questions with given answers; the answer that the model finds most likely counts."""
+
+    name: Name
+    format: Literal["mmlu", "hellaswag"]
+    """Columns and wording. `mmlu`: question, subject, choices (four), answer (0 to 3, or A to D). `hellaswag`:
+    activity_label, ctx_a, ctx_b, endings, label."""
+    source: str
+    """A .parquet, .jsonl, .jsonl.gz or .jsonl.zst file, local or s3://."""
+    shots: int = Field(0, ge=0)
+    """Answered questions in front of each; of `mmlu`, of the same subject."""
+    shots_source: str | None = None
+    """File of the same format with the answered ones."""
+    max_questions: int | None = Field(None, ge=1)
+    """The first so many of each subject; default: all."""
+
+    @model_validator(mode="after")
+    def _shots_come_from_somewhere(self) -> Self:
+        if (self.shots > 0) != (self.shots_source is not None):
+            raise ValueError(f"shots={self.shots} and shots_source={self.shots_source} go together: set both or none")
+        return self
+
+
 class EvaluateConfig(Config):
     max_rows: int = Field(1024, ge=1)
     """Held-out rows scored."""
     batch_rows: int = Field(16, ge=1)
     """Rows scored at once; ONNX int8 quantises activations over a whole batch, so its figures depend on it a little."""
+    resamples: int = Field(2000, ge=100)
+    """Bootstrap samples of the rows behind each 95 % interval."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Of the bootstrap and of the choice of answered questions."""
+    tasks: list[MultipleChoiceTask] = Field(default_factory=list)
+    speed_batches: list[Annotated[int, Field(ge=1)]] = Field([1, 8], min_length=1)
+    """Rows scored at once where speed is measured."""
+    prompt_tokens: int = Field(128, ge=2)
+    """Tokens of the prompt whose continuation is timed; at most a row."""
+    new_tokens: int = Field(16, ge=2)
+    """Tokens of that continuation."""
+    repeats: int = Field(3, ge=1)
+    """Timed repetitions, of which the median counts."""
+
+    @model_validator(mode="after")
+    def _one_task_of_a_name(self) -> Self:
+        names = [task.name for task in self.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"tasks has {twice[0]!r} {names.count(twice[0])} times: give each a name of its own")
+        return self
 
 
 QuantizationScheme = Literal["int8_weight_only", "onnx_int8"]

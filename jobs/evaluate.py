@@ -1,153 +1,193 @@
-"""Held-out quality, size and speed of models, loaded from their directories in a process that did not make them.
+"""Quality, size and speed of models, loaded from their directories in processes that did not make them.
 
-One measure for all: float teacher and student, torchao and ONNX artefacts. Speed is what scoring the held-out rows
-takes here and now, heads included; it is never inferred from bit widths.
+One measure for all: float teacher and student, torchao and ONNX artefacts. Both `evaluate` and `quantize` come here.
+Each model's speed and memory are taken in a process of its own (`jobs.evaluating.efficiency`), before this one loads
+them all; then they read the same held-out rows side by side with the teacher (`quality`), and answer the questions
+(`multiple_choice`). Nothing is inferred from bit widths.
 """
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 
 from cluster.errors import ModelError
-from cluster.published import localize
-from cluster.storage import open_storage
+from cluster.storage import open_storage, split_uri
 from jobs.config import EvaluateConfig
+from jobs.evaluating.questions import Questions
+from jobs.evaluating.scorers import Scorer, load_scorer, model_bytes
+
+TEACHER = "teacher"
+Report = Callable[[int, str], None]
+"""Gets the number of rows done, and a note."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One row of the table."""
+class EvaluationPlan:
+    """What to measure, on what.
 
-    parameters: int
-    bytes: int
-    bits_per_byte: float
-    tokens_per_s: float
+    Args:
+        models: by name, `(directory, scheme)`.
+        teacher: the model that all others are compared with; if it is to be measured too, it is also among `models`,
+            as "teacher".
+        storage, store: root and prefix of the example store; its validation split is read.
+        tokenizer: of all models; needed for questions only.
+        threads: of each process that computes.
+        validation_rows: those that the training of the student looked at.
+    """
 
-
-class Scorer(Protocol):
-    """A loaded model that can score text."""
-
-    parameters: int
-
-    def score(self, batch: Any) -> Any:
-        """The `jobs.scoring.TextScore` of a micro-batch."""
-
-    def logits(self, batch: Any) -> Any:
-        """Logits [N, V], float32, of a micro-batch's scored positions."""
-
-
-def load_scorer(model: str, scheme: str, threads: int) -> Scorer:
-    """Loads a model directory by its scheme: `float`, `int8_weight_only` or `onnx_int8`."""
-    if scheme == "onnx_int8":
-        from jobs.quantization.onnx_int8 import OnnxScorer
-
-        return OnnxScorer(localize(model), threads)
-    from jobs.quantization.torch_scorer import TorchScorer
-
-    return TorchScorer(model, threads)
+    models: dict[str, tuple[str, str]]
+    teacher: str | None
+    storage: str
+    store: str
+    config: EvaluateConfig
+    threads: int
+    validation_rows: int = 0
+    tokenizer: str = ""
+    questions: list[Questions] = field(default_factory=list)
 
 
-def measure(
-    model: str,
-    scheme: str,
-    store_uri: str,
-    store_prefix: str,
-    config: EvaluateConfig,
-    threads: int,
-    report: Callable[[int], None],
-) -> Measured:
-    """Scores the first rows of the validation split. `report` gets the number of rows done."""
-    from jobs.scoring import TextScore
-    from jobs.training.data import ExampleStore, collate
+def measure(plan: EvaluationPlan, report: Report) -> dict[str, Any]:
+    """All figures of all models.
 
-    scorer = load_scorer(model, scheme, threads)
-    store = ExampleStore(open_storage(store_uri), store_prefix, "validation")
-    num_rows = min(len(store), config.max_rows)
-    batches = [
-        collate([store.row(index) for index in range(start, min(start + config.batch_rows, num_rows))])
-        for start in range(0, num_rows, config.batch_rows)
-    ]
-    scorer.score(batches[0])  # warm-up: first calls allocate and choose kernels
-    total, rows = TextScore(), 0
-    started = time.perf_counter()
-    for batch in batches:
-        total += scorer.score(batch)
-        rows += len(batch.row_ids)
-        report(rows)
-    seconds = time.perf_counter() - started
-    if not math.isfinite(total.bits_per_byte):
-        raise ModelError(f"model {model} ({scheme}): its loss on held-out text is {total.nats}: train it anew")
-    return Measured(
-        parameters=scorer.parameters,
-        bytes=model_bytes(model),
-        bits_per_byte=total.bits_per_byte,
-        tokens_per_s=sum(len(batch.token_ids) for batch in batches) / seconds,
-    )
+    Returns:
+        `{"models", "details"}`: by model, numbers for the table; and what only the report shows, as JSON values: when
+        and where it was measured, what is absent and why, agreement by position, scores by subject.
+
+    Raises:
+        ModelError: a model whose loss is not finite.
+        EvaluationFailed: a model that could not be measured.
+    """
+    from jobs.evaluating.efficiency import measure_efficiency
+    from jobs.training.data import ExampleStore
+
+    config = plan.config
+    store = ExampleStore(open_storage(plan.storage), plan.store, "validation")
+    rows = [store.row(index) for index in range(min(len(store), config.max_rows))]
+    models: dict[str, dict[str, Any]] = {}
+    details: dict[str, Any] = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "absent": {}}
+    for name, (model, scheme) in plan.models.items():
+        report(0, f"{name}: speed and memory")
+        found = measure_efficiency(model, scheme, rows[: max(config.speed_batches)], config, plan.threads)
+        models[name] = {**found.figures, "bytes": model_bytes(model)}
+        details["absent"][name], details["machine"] = found.absent, found.machine
+    scorers = {name: load_scorer(*place, plan.threads) for name, place in plan.models.items()}
+    _measure_quality(plan, scorers, rows, models, details, report)
+    details["tasks"] = _ask_all(plan, scorers, rows, report) if plan.questions else {}
+    for task, of_models in details["tasks"].items():
+        for name, by_subject in of_models.items():
+            models[name] |= {f"task/{task}/{what}": value for what, value in by_subject[""].items()}
+    return {"models": models, "details": details}
 
 
-def model_bytes(model: str) -> int:
-    """Size on disk of a model's weights."""
-    from cluster.pretrained import locate
+def _measure_quality(
+    plan: EvaluationPlan,
+    scorers: dict[str, Scorer],
+    rows: list[Any],
+    models: dict[str, dict[str, Any]],
+    details: dict[str, Any],
+    report: Report,
+) -> None:
+    """Adds what held-out rows say to `models` and `details`. The teacher's logits are formed anew for every batch."""
+    from jobs.evaluating.quality import RowSums, agreement_by_position, chunk_rows, compare, quality_figures
+    from jobs.training.data import collate
 
-    directory = Path(locate(model))
-    if not directory.is_dir():
-        from huggingface_hub import snapshot_download
+    config = plan.config
+    every = dict(scorers)
+    if plan.teacher is not None and TEACHER not in every:
+        every[TEACHER] = load_scorer(plan.teacher, "float", plan.threads)
+    teacher = TEACHER if plan.teacher is not None else None
+    size = chunk_rows([scorer.vocab_size for scorer in every.values()])
+    sums = {name: RowSums(has_teacher=teacher not in (None, name)) for name in scorers}
+    for first in range(0, len(rows), config.batch_rows):
+        together = rows[first : first + config.batch_rows]
+        batch = collate(together)
+        chunks = {name: scorer.logit_chunks(batch, size) for name, scorer in every.items()}
+        scores = compare(chunks, teacher, batch.targets)
+        for name, of_model in sums.items():
+            of_model.add(scores[name], batch, together)
+        report(first + len(together), "quality")
+    details["agreement_by_position"] = {}
+    for name, of_model in sums.items():
+        model, scheme = plan.models[name]
+        try:
+            models[name] |= quality_figures(of_model, config.resamples, config.seed)
+        except ValueError as error:
+            raise ModelError(f"model {model} ({scheme}): {error} on held-out text: train it anew") from error
+        if of_model.has_teacher:
+            details["agreement_by_position"][name] = agreement_by_position(of_model)
+    if TEACHER in sums and plan.validation_rows in range(1, config.max_rows + 1):
+        details["teacher_bits_per_byte_in_training"] = sums[TEACHER].bits_per_byte(plan.validation_rows)
 
-        directory = Path(snapshot_download(str(directory), local_files_only=True))
-    files = [path for pattern in ("*.safetensors", "*.onnx", "*.onnx.data") for path in directory.glob(pattern)]
-    return sum(path.stat().st_size for path in files)
 
-
-def evaluate_models(
-    models: dict[str, str], store_uri: str, store_prefix: str, config: EvaluateConfig, threads: int, board: Any
+def _ask_all(
+    plan: EvaluationPlan, scorers: dict[str, Scorer], rows: list[Any], report: Report
 ) -> dict[str, dict[str, Any]]:
-    """Measures float models by name; a Ray task."""
+    """By task and model, the scores by subject."""
+    from cluster.pretrained import load_tokenizer
+    from jobs.evaluating.multiple_choice import ask
+
+    tokenizer, num_rows = load_tokenizer(plan.tokenizer), len(rows)
+    batch_tokens = plan.config.batch_rows * len(rows[0].token_ids)
+
+    def follow(task: str, name: str) -> Callable[[int, int], None]:
+        return lambda done, total: report(num_rows, f"{task}: {name} {done}/{total}")
+
     return {
-        name: vars(measure(model, "float", store_uri, store_prefix, config, threads, _reporter(board, name)))
-        for name, model in models.items()
+        item.task.name: {
+            name: ask(item, scorer, tokenizer, batch_tokens, plan.config.seed, follow(item.task.name, name))
+            for name, scorer in scorers.items()
+        }
+        for item in plan.questions
     }
 
 
-def check_and_measure(
-    artefacts: dict[str, dict[str, str]],
-    store_uri: str,
-    store_prefix: str,
-    config: EvaluateConfig,
-    threads: int,
-    board: Any,
-) -> dict[str, dict[str, Any]]:
+def evaluate_models(plan: EvaluationPlan, board: Any) -> dict[str, Any]:
+    """`measure` as a Ray task."""
+    return measure(plan, _reporter(board))
+
+
+def check_and_measure(plan: EvaluationPlan, probes: dict[str, str], board: Any) -> dict[str, Any]:
     """Reloads quantised artefacts in this fresh process, compares their logits with those that the process which made
     them recorded, and measures them; a Ray task.
 
     Args:
-        artefacts: by scheme, `{"uri", "probe"}`: the published directory and the recorded logits (.npy object).
+        probes: by name, the recorded logits (URI of a .npy object).
 
     Returns:
-        By scheme, the measures and `reload_error`: the largest difference of a logit, relative to the largest one.
+        As `measure`, with `reload_error` among the figures: the largest difference of a logit, relative to the largest
+        one.
     """
-    from cluster.storage import split_uri
     from jobs.training.data import ExampleStore, collate
 
-    out = {}
-    for scheme, artefact in artefacts.items():
-        store = ExampleStore(open_storage(store_uri), store_prefix, "validation")
-        probe_storage, probe_key = split_uri(artefact["probe"])
+    store = ExampleStore(open_storage(plan.storage), plan.store, "validation")
+    errors = {}
+    for name, (model, scheme) in plan.models.items():
+        probe_storage, probe_key = split_uri(probes[name])
         expected = _load_array(probe_storage.read(probe_key))
-        found = load_scorer(artefact["uri"], scheme, threads).logits(collate([store.row(0)])).numpy()
+        found = load_scorer(model, scheme, plan.threads).logits(collate([store.row(0)])).numpy()
         same_shape = found.shape == expected.shape
-        error = float(np.abs(found - expected).max() / np.abs(expected).max()) if same_shape else float("inf")
-        measured = measure(artefact["uri"], scheme, store_uri, store_prefix, config, threads, _reporter(board, scheme))
-        out[scheme] = {**vars(measured), "reload_error": error}
+        errors[name] = float(np.abs(found - expected).max() / np.abs(expected).max()) if same_shape else float("inf")
+    out = measure(plan, _reporter(board))
+    for name, error in errors.items():
+        out["models"][name]["reload_error"] = error
     return out
 
 
-def _reporter(board: Any, name: str) -> Callable[[int], None]:
-    return lambda rows: board.report.remote(rows, {"model": name})
+def _reporter(board: Any) -> Report:
+    """Reports to the board, twice a second at most."""
+    last = 0.0
+
+    def report(rows: int, note: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 0.5:
+            last = time.monotonic()
+            board.report.remote(rows, {"model": note})
+
+    return report
 
 
 def _load_array(data: bytes) -> np.ndarray:

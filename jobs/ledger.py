@@ -93,6 +93,7 @@ class Ledger:
                 entry["message"] = record.message
             output = dict(record.output)
             models.update(output.pop("models", {}))
+            output.pop("details", None)  # for the report
             stages[stage] = {**entry, **output}
         return {"name": self._name, "storage": self._storage.uri, "stages": stages, "models": models}
 

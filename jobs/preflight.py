@@ -15,6 +15,7 @@ from cluster.resources import check_placement, logical_cpus, threads_each
 from cluster.storage import open_storage
 from jobs.config import RunConfig, TrainConfig
 from jobs.corpus import check_endings, find_sources
+from jobs.evaluating.questions import read_questions
 from jobs.ledger import Ledger
 from jobs.shape import shape_config
 from jobs.train import default_threads
@@ -27,6 +28,7 @@ def check_config(config: RunConfig) -> None:
     Ledger(storage, config.name).check_owner()
     if config.data.sources:
         check_endings(find_sources(config.data.sources), config.data)
+    read_questions(config.evaluate)
     _check_models(config)
     if os.environ.get("RAYSTILL_DATABASE_URL"):  # else a file below the storage root, made when it is needed
         open_database(database_url(config.state_directory)).dispose()

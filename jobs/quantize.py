@@ -35,7 +35,7 @@ def make_artefacts(
     """
     import transformers
 
-    from jobs.evaluate import load_scorer
+    from jobs.evaluating.scorers import load_scorer
     from jobs.quantization import int8_weight_only, onnx_int8
     from jobs.training.data import ExampleStore, collate
 

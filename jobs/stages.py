@@ -21,6 +21,7 @@ from cluster.tracking import tracking_uri
 from jobs.config import DistillConfig, RunConfig, StudentConfig
 from jobs.convert import convert_gguf
 from jobs.corpus import Source, find_sources
+from jobs.evaluating.stage import evaluate, evaluate_artefacts, evaluation_identity, with_report
 from jobs.gather import gather_python_docs
 from jobs.label import all_there, introduce_teacher, label_store, over_common_columns
 from jobs.labels.access import access_without_teacher, label_access
@@ -275,33 +276,15 @@ def _train(run: Run, bar: Bar) -> Output:
 # --- evaluate, quantize -------------------------------------------------------------------------------------------
 
 
-def _float_models(run: Run) -> dict[str, str]:
-    models = {"student": str(run.outputs["train"]["model"])}
-    return {"teacher": run.teacher_model, **models} if run.teacher_model is not None else models
-
-
 def _evaluate_key(run: Run) -> str:
-    return stage_key(run.config.evaluate.identity(), run.keys["train"], run.keys["teacher"])
-
-
-def _evaluate(run: Run, bar: Bar) -> Output:
-    from jobs.evaluate import evaluate_models
-
-    arguments = (run.storage.uri, run.store_prefix, run.config.evaluate, physical_cores())
-    measured = run_task(evaluate_models, _float_models(run), *arguments, bar=bar, total=_rows_to_score(run))
-    return {"models": measured}
-
-
-def _rows_to_score(run: Run) -> int:
-    return min(run.config.evaluate.max_rows, int(run.outputs["prepare"]["rows"]["validation"]))
+    return stage_key(*evaluation_identity(run), run.keys["train"], run.keys["teacher"])
 
 
 def _quantize_key(run: Run) -> str:
-    return stage_key(run.config.quantize.identity(), run.config.evaluate.identity(), run.keys["train"])
+    return stage_key(run.config.quantize.identity(), *evaluation_identity(run), run.keys["train"])
 
 
 def _quantize(run: Run, bar: Bar) -> Output:
-    from jobs.evaluate import check_and_measure
     from jobs.quantize import make_artefacts
 
     config = run.config
@@ -319,11 +302,10 @@ def _quantize(run: Run, bar: Bar) -> Output:
         bar=bar,
         total=len(schemes),
     )
-    arguments = (run.storage.uri, run.store_prefix, config.evaluate, threads)
-    measured = run_task(check_and_measure, artefacts, *arguments, bar=bar, total=_rows_to_score(run))
+    output = evaluate_artefacts(run, artefacts, bar)
     for scheme in schemes:
-        check_reload(scheme, measured[scheme])
-    return {"artefacts": artefacts, "models": {f"student_{scheme}": measured[scheme] for scheme in schemes}}
+        check_reload(scheme, output["models"][f"student_{scheme}"])
+    return with_report(run, "quantize", {"artefacts": artefacts, **output}, bar)
 
 
 def _artefacts_are_there(run: Run, output: Output) -> bool:
@@ -414,7 +396,7 @@ ALL_STAGES = (
     Stage("teacher", _teacher_key, _teacher, _model_is_there, applies=lambda run: run.config.teacher is not None),
     Stage("label", _label_key, _label, _labels_are_there, applies=_labels_ahead, decides=False),
     Stage("train", _train_key, _train, _model_is_there),
-    Stage("evaluate", _evaluate_key, _evaluate),
+    Stage("evaluate", _evaluate_key, evaluate),
     Stage("quantize", _quantize_key, _quantize, _artefacts_are_there),
     Stage("register", _register_key, _register, _versions_are_there, needs_cluster=lambda run: False),
     Stage("promote", _promote_key, _promote, _champion_is_there, needs_cluster=lambda run: False),

@@ -1,9 +1,11 @@
 """The tables that a person reads at the end: models side by side, and the stages of a run."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from jobs.ledger import STAGES
@@ -20,21 +22,57 @@ _TITLES = {
 _COLOURS = {"done": "green", "failed": "red", "interrupted": "yellow", "started": "yellow"}
 
 
-def models_table(summary: dict[str, Any]) -> Table:
-    """Parameters, size on disk, held-out bits per byte and scoring speed of every model."""
+_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "parameters": ("parameters", lambda value: f"{value:,}"),
+    "on disk": ("bytes", lambda value: size(value)),
+    "bits/byte": ("bits_per_byte", lambda value: f"{value:.4f}"),
+    "KL": ("kl_to_teacher", lambda value: f"{value:.3f}"),
+    "agrees": ("agreement", lambda value: f"{value:.1%}"),
+    "kept": ("retention_percent", lambda value: f"{value:.1f}%"),
+    "memory": ("peak_memory_bytes", lambda value: size(value)),
+    "ms/token": ("token_s", lambda value: f"{1000 * value:.2f}"),
+    "tokens/s": ("tokens_per_s", lambda value: f"{value:,.0f}"),
+}
+"""Title, figure, and how it is written."""
+_BY_IMPORTANCE = ("bits/byte", "on disk", "tokens/s", "parameters", "agrees", "kept", "ms/token", "KL", "memory")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Models as people want them: the teacher first, then the student, then what was made of it."""
+    return sorted(names, key=lambda name: list(_TITLES).index(name) if name in _TITLES else len(_TITLES))
+
+
+def title(name: str) -> str:
+    """A model's name for people."""
+    return _TITLES.get(name, name)
+
+
+def models_table(summary: dict[str, Any], console: Console) -> Table:
+    """Every model's size, its held-out bits per byte, KL to the teacher and agreement with it, the quality that is
+    kept, and its speed: a new token of one sequence, and scoring. What no model has is left out, and what a narrow
+    console has no room for, the least important first."""
+    shown = [column for column in _COLUMNS if any(_COLUMNS[column][0] in row for row in summary["models"].values())]
+    while True:
+        table = _models_table(summary, shown)
+        if len(shown) <= 1 or _width(table, console) <= console.width:
+            return table
+        shown.remove(max(shown, key=list(_BY_IMPORTANCE).index))
+
+
+def _width(table: Table, console: Console) -> int:
+    return Measurement.get(console, console.options.update(max_width=1000), table).maximum
+
+
+def _models_table(summary: dict[str, Any], columns: list[str]) -> Table:
     table = Table(title=f"{summary['name']}: models", title_justify="left")
-    table.add_column("model")
-    for column in ("parameters", "on disk", "bits per byte", "tokens/s"):
-        table.add_column(column, justify="right")
-    for name in sorted(summary["models"], key=lambda item: list(_TITLES).index(item) if item in _TITLES else 99):
+    table.add_column("model", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name in in_order(summary["models"]):
         row = summary["models"][name]
-        table.add_row(
-            _TITLES.get(name, escape(name)),
-            f"{row['parameters']:,}",
-            size(row["bytes"]),
-            f"{row['bits_per_byte']:.4f}",
-            f"{row['tokens_per_s']:,.0f}",
-        )
+        writers = [_COLUMNS[column] for column in columns]
+        cells = [write(row[figure]) if figure in row else "" for figure, write in writers]
+        table.add_row(escape(title(name)), *cells)
     return table
 
 
@@ -68,6 +106,8 @@ def _note(stage: dict[str, Any]) -> str:
         return f"{stage['labelled']:,} of {stage['rows']:,} rows labelled now, {size(stage['size_bytes'])} in all"
     if "champion" in stage:
         return f"version {stage['champion']['version']} was made champion of {stage['champion']['model_name']}"
+    if "report" in stage:
+        return f"report in {stage['report']}"
     if "answer" in stage:
         return f"{stage['question']!r} → {stage['answer']!r}"
     return ""
@@ -88,7 +128,7 @@ def _where_it_goes(stage: dict[str, Any]) -> list[str]:
     return lines
 
 
-def size(num_bytes: int) -> str:
+def size(num_bytes: float) -> str:
     """Bytes for people: 1.7 MB."""
     value = float(num_bytes)
     for unit in ("B", "kB", "MB", "GB"):
@@ -122,4 +162,4 @@ def versions_table(found: dict[str, Any]) -> Table:
 def show(summary: dict[str, Any], console: Console) -> None:
     console.print(stages_table(summary))
     if summary["models"]:
-        console.print(models_table(summary))
+        console.print(models_table(summary, console))

@@ -8,6 +8,7 @@ with it recomputes the prompt at every token.
 
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from cluster.grid import pack
 from cluster.language_model import load_causal_lm
+from jobs.evaluating.scorers import context_tokens
 from jobs.scoring import TextScore
 from jobs.training.data import MicroBatch
 
@@ -63,6 +65,7 @@ class OnnxScorer:
 
     def __init__(self, directory: Path, threads: int) -> None:
         import onnxruntime
+        from transformers import AutoConfig
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -71,13 +74,32 @@ class OnnxScorer:
             str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
         self.parameters = int(json.loads((directory / "parameters.json").read_text())["parameters"])
+        config = AutoConfig.from_pretrained(str(directory)).get_text_config()
+        self.vocab_size, self.max_tokens = int(config.vocab_size), context_tokens(config)
 
     def logits(self, batch: MicroBatch) -> Tensor:
         grid = pack(batch.token_ids, batch.sequence_lengths)
-        feed = {"input_ids": grid.token_ids_BT, "position_ids": grid.position_ids_BT}
-        logits_BTV: np.ndarray = self._session.run(["logits"], feed)[0]
+        logits_BTV = self._run(grid.token_ids_BT, grid.position_ids_BT)
         flat = logits_BTV.reshape(-1, logits_BTV.shape[-1])
         return torch.from_numpy(flat[grid.index_S[batch.positions]])
+
+    def logit_chunks(self, batch: MicroBatch, size: int) -> Iterator[Tensor]:
+        yield from self.logits(batch).split(size)
+
+    def greedy(self, prompt: list[int], num_tokens: int) -> Iterator[int]:
+        """Without a cache: the whole sequence is read anew for every token."""
+        token_ids = list(prompt)
+        for _ in range(num_tokens):
+            positions_T = np.arange(len(token_ids), dtype=np.int64)
+            logits_BTV = self._run(np.array([token_ids], np.int64), positions_T[None])
+            token_ids.append(int(logits_BTV[0, -1].argmax()))
+            yield token_ids[-1]
+
+    def _run(self, token_ids_BT: np.ndarray, position_ids_BT: np.ndarray) -> np.ndarray:
+        logits_BTV: np.ndarray = self._session.run(
+            ["logits"], {"input_ids": token_ids_BT, "position_ids": position_ids_BT}
+        )[0]
+        return logits_BTV
 
     def score(self, batch: MicroBatch) -> TextScore:
         losses_n = nn.functional.cross_entropy(self.logits(batch), torch.from_numpy(batch.targets), reduction="none")

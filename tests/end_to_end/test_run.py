@@ -53,7 +53,22 @@ def test_demo_runs_every_stage_and_json_is_the_stored_summary(demo):
         assert {"parameters", "bytes", "bits_per_byte", "tokens_per_s"} <= set(model)
     assert 4 * summary["models"]["student"]["parameters"] <= summary["models"]["teacher"]["parameters"]
     assert summary["models"]["student_int8_weight_only"]["bytes"] < summary["models"]["student"]["bytes"]
+    assert summary["models"]["student_onnx_int8"]["kl_to_teacher"] > 0
+    assert summary["models"]["teacher"]["retention_percent"] == 100
     assert summary["stages"]["serve"]["answer"]
+
+
+def test_demo_report_shows_every_model(demo):
+    directory, _, first = demo
+    stages = last_json(first.stdout)["stages"]
+    report = directory / "runs/demo/report.html"
+    assert stages["evaluate"]["report"] == stages["quantize"]["report"] == report.as_uri()
+    html = report.read_text()
+    for name in ("teacher", "student", "student int8 (torchao)", "student int8 (ONNX)"):
+        assert f'<th scope="row">{name}</th>' in html
+    assert "://" not in html.replace(report.parent.as_uri(), "")
+    (recorded,) = (directory / "runs/demo/mlflow").rglob("report.html")
+    assert recorded.read_text() == html
 
 
 def test_demo_leaves_no_process_behind(demo):

@@ -26,12 +26,19 @@ LIGHT = sorted(
     | {"cluster.connection", "cluster.pretrained", "cluster.tracking", "cluster.champions"}
     | {"cluster.promotions", "cluster.processes", "cluster.registry", "cluster.names", "jobs.gate", "jobs.rollback"}
     | {"jobs.config", "jobs.ledger", "jobs.training.plan", "jobs.training.choice", "jobs.training.objective"}
-    | {"jobs.__main__"}
+    | {"jobs.__main__", "jobs.evaluating.compression", "jobs.evaluating.questions"}
     | {name for name in MODULES if re.fullmatch(r"services\.\w+\.(schema|signals|packing|client)", name)}
 )
 """These import neither torch nor ray when they are imported."""
 NUMERIC = sorted(
-    {"cluster.language_model", "jobs.scoring", "jobs.training.losses", "jobs.training.data", "jobs.training.initial"}
+    {
+        "cluster.language_model",
+        "jobs.scoring",
+        "jobs.evaluating.quality",
+        "jobs.training.losses",
+        "jobs.training.data",
+        "jobs.training.initial",
+    }
     | {name for name in MODULES if name.startswith("jobs.training.targets")}
     | {"services.teacher.scoring", "services.teacher.model", "services.endpoint.model", "services.endpoint.decoding"}
 )

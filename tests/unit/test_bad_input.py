@@ -193,6 +193,20 @@ CASES = {
         "StorageError",
         environment={"RAYSTILL_DATABASE_URL": "sqlite:////proc/nowhere/x.db"},
     ),
+    "task_file_missing": Case(
+        ["evaluate.tasks quiz", "in/none.jsonl", "no such file", "check the path"],
+        ["evaluate.tasks=[{name: quiz, format: mmlu, source: in/none.jsonl}]"],
+        "CorpusError",
+    ),
+    "task_file_of_something_else": Case(
+        ["evaluate.tasks quiz", "line 1 has no 'question' (found: text)", "a question of format mmlu has question"],
+        ["evaluate.tasks=[{name: quiz, format: mmlu, source: in/good/corpus.jsonl}]"],
+        "CorpusError",
+    ),
+    "task_without_its_shots": Case(
+        ["shots=5", "shots_source", "set both or none"],
+        ["evaluate.tasks=[{name: quiz, format: mmlu, source: x.jsonl, shots: 5}]"],
+    ),
     "train_before_prepare": Case(
         ["stage teacher needs prepare", "`raystill prepare` comes first, or use `raystill run`"], command="train"
     ),

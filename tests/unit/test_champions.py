@@ -102,6 +102,7 @@ STANDARD = {
     "NonFiniteLoss": ArithmeticError,
     "CorruptArtifact": ValueError,
     "TrainingFailed": RuntimeError,
+    "EvaluationFailed": RuntimeError,
     "QuantizationFailed": RuntimeError,
     "RegistryFailed": RuntimeError,
     "PromotionRefused": RuntimeError,

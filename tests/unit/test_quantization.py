@@ -6,7 +6,7 @@ import torch
 
 from cluster.errors import QuantizationFailed
 from cluster.language_model import load_causal_lm
-from jobs.evaluate import load_scorer, model_bytes
+from jobs.evaluating.scorers import load_scorer, model_bytes
 from jobs.quantization import int8_weight_only, onnx_int8
 from jobs.quantize import check_reload
 from jobs.training.data import Row, RowId, collate
@@ -40,9 +40,26 @@ def test_artefact_is_smaller_near_the_float_model_and_the_same_after_every_load(
     assert 0 < error < 0.1
     assert model_bytes(str(made)) < model_bytes(str(student))
     assert first.parameters == load_causal_lm(str(student)).num_parameters()
+    assert (first.vocab_size, first.max_tokens) == (tiny.VOCABULARY, 256)
+    for size in (7, 38, 100):
+        chunks = [part.numpy() for part in first.logit_chunks(batch(), size)]
+        assert {len(part) for part in chunks[:-1]} <= {size}
+        np.testing.assert_allclose(np.concatenate(chunks), found, atol=1e-5)
     assert first.score(batch()).nats == pytest.approx(
         load_scorer(str(student), "float", 1).score(batch()).nats, rel=0.05
     )
+
+
+@pytest.mark.parametrize("scheme", MAKERS)
+def test_greedy_continuation_is_that_of_the_logits(tmp_path, scheme):
+    _, made = artefact(tmp_path, "llama", scheme)
+    scorer = load_scorer(str(made), scheme, 1)
+    token_ids = batch().token_ids[:12].tolist()
+    for token in scorer.greedy(token_ids[:], 3):
+        tokens = np.array([*token_ids, 0], np.int32)  # the last token is only a target
+        row = Row(RowId(0, 0), tokens, np.array([len(tokens)], np.int32), np.ones(len(tokens), bool), 1)
+        assert token == int(scorer.logits(collate([row]))[-1].argmax())
+        token_ids.append(token)
 
 
 @pytest.mark.parametrize(("family", "head_is_quantised"), [("llama", True), ("llama_tied", False)])

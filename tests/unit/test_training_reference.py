@@ -14,10 +14,11 @@ import torch
 from cluster.language_model import load_causal_lm
 from cluster.published import fetch_directory
 from cluster.storage import open_storage
-from jobs.config import EvaluateConfig, TrainConfig
-from jobs.evaluate import measure
+from jobs.config import TrainConfig
+from jobs.evaluating.quality import RowSums, compare, quality_figures
+from jobs.quantization.torch_scorer import TorchScorer
 from jobs.training import data
-from jobs.training.data import ExampleStore, GlobalBatches, Row
+from jobs.training.data import ExampleStore, GlobalBatches, Row, collate
 from jobs.training.loop import learning_rate
 from jobs.training.workers import Workers
 from tests.unit.test_training_loop import ALONE, plan, prepared, run, teacher
@@ -109,8 +110,10 @@ def test_bits_per_byte_is_that_of_a_plain_forward(prepared, tmp_path):
     assert sum(row.num_bytes for row in rows) == pytest.approx(len(text.encode()), rel=0.1)
     expected = nats / math.log(2) / sum(row.num_bytes for row in rows)
     assert outcome["validation"][-1][1] == pytest.approx(expected, rel=1e-5)
-    measured = measure(str(directory), "float", this.storage, "store/x", EvaluateConfig(), 1, lambda rows: None)
-    assert measured.bits_per_byte == pytest.approx(expected, rel=1e-5)
+    sums, batch = RowSums(has_teacher=False), collate(rows)
+    found = compare({"student": TorchScorer(str(directory), 1).logit_chunks(batch, 100)}, None, batch.targets)
+    sums.add(found["student"], batch, rows)
+    assert quality_figures(sums, 100, 0)["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
 def without_targets(monkeypatch):
