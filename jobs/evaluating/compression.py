@@ -21,12 +21,12 @@ def _beside(figures: dict[str, Any], teacher: dict[str, Any]) -> dict[str, float
     out = {
         "size_ratio": teacher["bytes"] / figures["bytes"],
         "parameter_ratio": teacher["parameters"] / figures["parameters"],
-        "retention_percent": 100 * teacher["bits_per_byte"] / figures["bits_per_byte"],
+        "retention_percent": 100 * (teacher["bits_per_byte"] / figures["bits_per_byte"]),
     }
     for name in figures:
         if name.startswith("task/") and name.endswith("/acc") and name in teacher:
             chance = figures[f"{name.removesuffix('/acc')}/chance"]
             if teacher[name] > chance:
-                kept = 100 * (figures[name] - chance) / (teacher[name] - chance)
+                kept = 100 * ((figures[name] - chance) / (teacher[name] - chance))
                 out[f"{name.removesuffix('/acc')}/retention_percent"] = kept
     return out
