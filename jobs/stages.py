@@ -305,7 +305,7 @@ def _quantize(run: Run, bar: Bar) -> Output:
     output = evaluate_artefacts(run, artefacts, bar)
     for scheme in schemes:
         check_reload(scheme, output["models"][f"student_{scheme}"])
-    return with_report(run, "quantize", {"artefacts": artefacts, **output}, bar)
+    return with_report(run, "quantize", {"artefacts": artefacts, **output})
 
 
 def _artefacts_are_there(run: Run, output: Output) -> bool:

@@ -9,7 +9,8 @@ def with_compression(models: dict[str, dict[str, Any]], teacher: dict[str, Any] 
     `size_ratio` and `parameter_ratio`: how many times the teacher's bytes on disk and parameters are the model's.
     `retention_percent`: quality that is left, 100 * the teacher's bits per byte / the model's: 100 for a model that
     predicts held-out text as well as the teacher, 50 for one that needs twice the bits. `task/NAME/retention_percent`:
-    100 * (accuracy - chance) / (the teacher's accuracy - chance); absent where the teacher does no better than chance.
+    100 * (accuracy - chance) / (the teacher's accuracy - chance), negative for a model that does worse than chance;
+    absent where the teacher does no better than chance.
     """
     if teacher is None:
         return models
@@ -20,12 +21,12 @@ def _beside(figures: dict[str, Any], teacher: dict[str, Any]) -> dict[str, float
     out = {
         "size_ratio": teacher["bytes"] / figures["bytes"],
         "parameter_ratio": teacher["parameters"] / figures["parameters"],
-        "retention_percent": 100 * teacher["bits_per_byte"] / figures["bits_per_byte"],
+        "retention_percent": 100 * (teacher["bits_per_byte"] / figures["bits_per_byte"]),
     }
     for name in figures:
         if name.startswith("task/") and name.endswith("/acc") and name in teacher:
             chance = figures[f"{name.removesuffix('/acc')}/chance"]
             if teacher[name] > chance:
-                kept = 100 * (figures[name] - chance) / (teacher[name] - chance)
+                kept = 100 * ((figures[name] - chance) / (teacher[name] - chance))
                 out[f"{name.removesuffix('/acc')}/retention_percent"] = kept
     return out

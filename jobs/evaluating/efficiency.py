@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from jobs.config import EvaluateConfig
 
 _LEAST_S = 0.2
 """A timed repetition goes over its rows as often as it takes to last this long."""
+
+_PACKAGES = ("torch", "transformers", "torchao", "onnxruntime", "lm_eval")
+"""Whose versions decide figures."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,6 @@ def count_flops(scorer: Any, row: Any) -> float:
 def machine(threads: int, on_gpu: bool) -> dict[str, str]:
     """What computed, and with which versions."""
     import torch
-    import transformers
 
     model = platform.processor() or platform.machine()
     try:
@@ -157,8 +160,7 @@ def machine(threads: int, on_gpu: bool) -> dict[str, str]:
     found = {"processor": model, "threads": str(threads), "system": f"{platform.system()} {platform.machine()}"}
     if on_gpu:
         found["gpu"] = torch.cuda.get_device_name()
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {**found, **versions, "transformers": transformers.__version__}
+    return {**found, "python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
 def _timed(work: Callable[[], Any], repeats: int, finish: Callable[[], None]) -> tuple[float, int]:

@@ -69,8 +69,8 @@ def _facts(
     config: RunConfig, outputs: dict[str, dict[str, Any]], keys: dict[str, str], details: list[dict[str, Any]]
 ) -> dict[str, str]:
     machine = details[0]["machine"]
-    where = ", ".join(machine[part] for part in ("processor", "gpu", "system") if part in machine)
-    versions = ", ".join(f"{part} {machine[part]}" for part in ("python", "torch", "transformers"))
+    hardware = [part for part in ("processor", "gpu", "system") if part in machine]
+    versions = [f"{part} {machine[part]}" for part in machine if part not in (*hardware, "threads")]
     prepared = outputs.get("prepare", {})
     prints = {
         "config": fingerprint(config.identity()),
@@ -80,8 +80,8 @@ def _facts(
     }
     return {
         "Measured": " and ".join(dict.fromkeys(part["measured_at"] for part in details)),
-        "Machine": f"{where}; {machine['threads']} threads",
-        "Versions": versions,
+        "Machine": f"{', '.join(machine[part] for part in hardware)}; {machine['threads']} threads",
+        "Versions": ", ".join(versions),
         "Storage": config.storage,
         "Fingerprints": ", ".join(f"{name} {value}" for name, value in prints.items() if value is not None),
     }

@@ -30,7 +30,7 @@ def evaluate(run: Run, bar: Bar) -> Output:
     plan = _plan(run, {name: (model, "float") for name, model in models.items()})
     measured = run_task(evaluate_models, plan, bar=bar, total=_num_rows(run))
     figures = with_compression(measured["models"], measured["models"].get(TEACHER))
-    return with_report(run, "evaluate", {"models": figures, "details": measured["details"]}, bar)
+    return with_report(run, "evaluate", {"models": figures, "details": measured["details"]})
 
 
 def evaluate_artefacts(run: Run, artefacts: dict[str, dict[str, str]], bar: Bar) -> Output:
@@ -46,7 +46,7 @@ def evaluate_artefacts(run: Run, artefacts: dict[str, dict[str, str]], bar: Bar)
     return {"models": with_compression(measured["models"], teacher), "details": measured["details"]}
 
 
-def with_report(run: Run, stage: str, output: Output, bar: Bar) -> Output:
+def with_report(run: Run, stage: str, output: Output) -> Output:
     """The output of a stage that measured, after the report was written anew with it.
 
     A report that cannot be drawn is no reason to lose what was measured: it becomes a warning.

@@ -3,6 +3,7 @@ started here (`test_efficiency` starts one)."""
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,3 +127,25 @@ def test_artefact_is_compared_with_what_its_maker_saw_and_measured_alike(prepare
     assert found["models"]["q"]["bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=0.01)
     assert found["models"]["q"]["kl_to_teacher"] == pytest.approx(plain["kl_to_teacher"], rel=0.05)
     assert evaluate.TEACHER not in found["models"]
+
+
+def test_report_that_cannot_be_drawn_costs_a_warning_and_no_figure(tmp_path, monkeypatch, caplog):
+    from jobs.evaluating import report
+    from jobs.evaluating.stage import REPORT, with_report
+    from jobs.stage import Run
+    from tests.unit.test_report import CONFIG, KEYS, outputs
+
+    recorded = []
+    found = outputs()
+    this = Run(CONFIG, open_storage(str(tmp_path)), {**found}, KEYS)
+    this.tracker = SimpleNamespace(text=lambda content, name: recorded.append((name, content)))
+    output = with_report(this, "quantize", found["quantize"])
+    assert output == {**found["quantize"], "report": f"{tmp_path.as_uri()}/report.html"}
+    assert recorded == [(REPORT, (tmp_path / REPORT).read_text())]
+
+    def fails(*arguments):
+        raise KeyError("no such figure")
+
+    monkeypatch.setattr(report, "render_report", fails)
+    assert with_report(this, "quantize", found["quantize"]) == found["quantize"]
+    assert "report.html was not written (KeyError: 'no such figure')" in caplog.text

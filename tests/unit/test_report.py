@@ -165,8 +165,9 @@ def test_report_has_every_model_with_every_figure():
 
 def test_report_says_what_was_measured_where_and_with_what():
     html = render_report(CONFIG, outputs(), KEYS)
-    for text in ("2026-11-21T10:00:00+00:00", "Sample CPU", "torch 2.13", "corpusprint", "tokenizerprint"):
+    for text in ("2026-11-21T10:00:00+00:00", "Sample CPU, Linux x86_64; 2 threads", "corpusprint", "tokenizerprint"):
         assert text in html
+    assert "python 3.11.7, torch 2.13, transformers 5.23<" in html
     for text in ("stage train s0", "stage quantize q0", "s3://bucket/mine", "sequence_length: 64", "<h1>mine"):
         assert text in html
 
