@@ -1,13 +1,14 @@
 """The label store: what a teacher said about the rows of example stores, kept in object storage and read again.
 
-    <root>/<teacher>/<signal>/teacher.json            what the teacher is, and what it was asked for
-    <root>/<teacher>/<signal>/head-<hash>.safetensors its output head, for `hidden`
-    <root>/<teacher>/<signal>/<hash>.parquet          labels of some rows
+    <root>/<teacher>/<signal>/_teacher.json            what the teacher is, and what it was asked for
+    <root>/<teacher>/<signal>/_head-<hash>.safetensors its output head, for `hidden`
+    <root>/<teacher>/<signal>/<hash>.parquet           labels of some rows
 
 A parquet file has a row for each row of an example store, named by its shard's hash and its place there: the scored
 positions and the fields of the signal (`columns`). Its key is the hash of its content, it appears whole or not at all,
 and nothing is overwritten; so any number of writers may label the same rows, and of two labels of a row every reader
-takes the one whose key is first. Labels belong to shards, not to stores: a store that grew keeps those it had.
+takes the one whose key is first. Labels belong to shards, not to stores: a store that grew keeps those it had. Readers
+of parquet pass over names that begin with `_`: to them the directory is one table.
 """
 
 import hashlib

@@ -23,7 +23,7 @@ class StoredTeacher:
     def __init__(self, storage: Storage, teacher: str, spec: SignalSpec) -> None:
         self.counters = ClientCounters()
         self._storage, self._prefix = storage, prefix_of(teacher, spec)
-        self._facts = storage.read_json(f"{self._prefix}/teacher.json")
+        self._facts = storage.read_json(f"{self._prefix}/_teacher.json")
 
     def describe(self) -> TeacherDescription:
         return TeacherDescription(**self._facts["description"])
@@ -53,18 +53,18 @@ def store_teacher(storage: Storage, description: TeacherDescription, spec: Signa
     if head is not None:
         arrays = {"weight_VD": head.weight_VD} | ({} if head.bias_V is None else {"bias_V": head.bias_V})
         data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-        facts["head"] = f"head-{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
+        facts["head"] = f"_head-{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
         facts["head_facts"] = {"scale": head.scale, "soft_cap": head.soft_cap}
         if not storage.exists(f"{prefix}/{facts['head']}"):
             storage.write(f"{prefix}/{facts['head']}", data)
-    storage.write_json(f"{prefix}/teacher.json", facts)
+    storage.write_json(f"{prefix}/_teacher.json", facts)
 
 
 def stored_teachers(storage: Storage) -> list[tuple[TeacherDescription, SignalSpec]]:
     """Every teacher and signal that has labels here."""
     found = []
     for item in storage.list():
-        if item.key.endswith("/teacher.json"):
+        if item.key.endswith("/_teacher.json"):
             facts = json.loads(storage.read(item.key))
             signal = {**facts["signal"], "temperatures": tuple(facts["signal"]["temperatures"])}
             found.append((TeacherDescription(**facts["description"]), SignalSpec(**signal)))

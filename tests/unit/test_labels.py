@@ -128,8 +128,9 @@ def test_labels_written_again_are_the_same_object(base, labels):
 def test_labels_are_plain_parquet_for_anyone(base, labels, tmp_path):
     pairs = answered(base, TOPK, range(8))
     labels.write([label for batch, signal in pairs for label in labels_of(batch, signal)])
+    store_teacher(open_storage(str(tmp_path)), base[1].describe(), TOPK, None)
     [path] = tmp_path.rglob("*.parquet")
-    frame = pd.read_parquet(path)
+    frame = pd.read_parquet(path.parent)
     batch, signal = pairs[0]
     ids, logprobs = signal.entries()
     row = batch.row_ids[0]
@@ -262,7 +263,7 @@ def test_stored_teacher_is_the_one_that_answered(base, tmp_path):
     assert stored.describe() == model.describe()
     assert np.array_equal(stored.head().weight_VD, model.head().weight_VD)
     assert replace(stored.head(), weight_VD=None) == replace(model.head(), weight_VD=None)
-    [path] = tmp_path.rglob("head-*")
+    [path] = tmp_path.rglob("_head-*")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(CorruptArtifact, match="sha256"):
         stored.head()
