@@ -93,7 +93,7 @@ def test_demo_status_shows_stages_and_models(demo):
     directory, _, _ = demo
     status = raystill("status", "demo", cwd=directory, timeout=60)
     assert status.returncode == 0
-    for word in ("prepare", "train", "quantize", "bits per byte", "champion"):
+    for word in ("prepare", "train", "quantize", "bits/byte", "champion"):
         assert word in status.stdout
     missing = raystill("status", "nothing", cwd=directory, timeout=60)
     assert missing.returncode == 2
