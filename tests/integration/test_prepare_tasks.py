@@ -1,5 +1,6 @@
 """Preparing as Ray tasks: the result of one process, whatever their number, and nothing lost when one or all die."""
 
+import contextlib
 import json
 import os
 import signal
@@ -93,8 +94,12 @@ def test_prepare_broken_object_in_a_task_is_named_and_nothing_is_left(tmp_path, 
 
 def prepare_processes():
     """Workers of our own Ray that run our tasks now."""
-    ours = psutil.Process().children(recursive=True)
-    return [item for item in ours if item.is_running() and "_reporting" in " ".join(item.cmdline())]
+    found = []
+    for item in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "_reporting" in " ".join(item.cmdline()):
+                found.append(item)
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ def test_run_on_s3_that_fails_now_and_then_is_the_run_on_files(s3_server, tmp_pa
         "teacher": {"model": str(tiny.save_model(tmp_path / "teacher")), "dtype": "float32"},
         "student": {"from_teacher": {"layers": [0]}},
         "train": {"steps": 12, "global_batch": 8, "micro_batch": 4, "checkpoint_every": 4, "validate_every": 4},
+        "evaluate": {"max_rows": 8},
+        "quantize": {"schemes": ["int8_weight_only"]},
         "promote": {"max_quality_drop": 0.5},
         "serve": {"port": free_port()},
     }

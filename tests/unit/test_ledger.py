@@ -174,7 +174,7 @@ def test_tables_show_stages_and_models(ledger):
     text = shown(ledger.summary())
     for part in ("12,345 documents, 1,000 + 20 rows", "8,000 rows, 4,321 tokens/s, loss 2.250", "waited 1.5 s"):
         assert part in text
-    for part in ("61.0", "version 3 is champion of mine-student", "1,234,567", "2.5 MB", "1.2346", "9,876"):
+    for part in ("61.0", "version 3 was made champion of mine-student", "1,234,567", "2.5 MB", "1.2346", "9,876"):
         assert part in text
     assert text.index("│ teacher ") < text.index("│ student ")
     parts_s = {"data": 1.0, "wait": 2.0, "forward": 3.0, "loss": 4.0}
