@@ -243,7 +243,6 @@ def small(tmp_path_factory):
         "data": {"sources": [str(tiny.corpus(directory / "in", 120))], "sequence_length": 64},
         "teacher": {"model": str(teacher), "replicas": 1, "dtype": "float32"},
         "student": {"from_teacher": {"layers": [0, 3]}},
-        "quantize": {"schemes": ["int8_weight_only"]},  # the demo has all
         "train": {
             "steps": 160,
             "global_batch": 8,
