@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test check bench format s3 smollm2 clean
 
-demo: .venv/made  ## text to a served student, on this machine, in about six minutes
+demo: .venv/made  ## text to a served student, on this machine, in about ten minutes
 	$(BIN)/raystill run jobs/configs/demo.yaml
 
 test: .venv/made  ## every test that needs no GPU
