@@ -1,11 +1,11 @@
 """The gate: what a candidate must be beside its float student, the teacher, and the champion that reigns. Pure.
 
-Figures are read by name from what was measured: bits per byte on held-out text, bytes on disk, milliseconds per token.
+Figures are read by name from what was measured: bits per byte on held-out text, bytes on disk, seconds per token.
 The candidate's were measured on the artefact that will be served, reloaded in a fresh process. Every rule is asked,
 so that a refusal names all that fail; one whose figure was not measured, or is not a number, fails.
 
-Retention is the teacher's bits per byte over the candidate's: the share of the teacher's quality that is kept. Time per
-token is `ms_per_token` where both sides have it; otherwise the time of scoring, 1000 / `tokens_per_s`, for both.
+Retention is the teacher's bits per byte over the candidate's (`compression.quality_kept`). Time per token is `token_s`,
+from one new token to the next, where both sides have it; otherwise the time of scoring, 1 / `tokens_per_s`, for both.
 """
 
 import math
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.config import PromoteConfig
+from jobs.evaluating.compression import quality_kept
 
 Figures = Mapping[str, Any]
 
@@ -109,21 +110,23 @@ def _retention(limit: float, candidate: Figures, teacher: Figures) -> RuleResult
     figure, mine, theirs = _bits(candidate, teacher)
     if (missing := _not_measured(rule, figure, limit, mine, theirs, against)) is not None:
         return missing
-    kept = _ratio(theirs, mine)
+    assert mine is not None
+    assert theirs is not None
+    kept = quality_kept(theirs, mine) if 0 < mine < math.inf else math.nan
     said = f"{_beside(mine, theirs, against)} keeps {_percent(kept)}, wanted {_percent(limit)}"
     return RuleResult(rule, limit, against, figure, mine, theirs, kept, kept >= limit, f"{rule}: {said}")
 
 
 def _latency_ratio(rule: str, limit: float, candidate: Figures, other: Figures, against: str) -> RuleResult:
-    figure, mine, theirs = "ms_per_token", _number(candidate, "ms_per_token"), _number(other, "ms_per_token")
+    figure, mine, theirs = "token_s", _number(candidate, "token_s"), _number(other, "token_s")
     if mine is None or theirs is None:
         speeds = _number(candidate, "tokens_per_s"), _number(other, "tokens_per_s")
         if speeds[0] is not None and speeds[1] is not None:
-            figure, (mine, theirs) = "1000/tokens_per_s", (_ratio(1000, speed) for speed in speeds)
+            figure, (mine, theirs) = "1/tokens_per_s", (_ratio(1, speed) for speed in speeds)
     if (missing := _not_measured(rule, figure, limit, mine, theirs, against)) is not None:
         return missing
     ratio = _ratio(mine, theirs)
-    said = f"{mine:.4g} ms per token against {theirs:.4g} of the {against} is {ratio:.3g} times, allowed {limit:g}"
+    said = f"{_ms(mine)} ms per token against {_ms(theirs)} of the {against} is {ratio:.3g} times, allowed {limit:g}"
     return RuleResult(rule, limit, against, figure, mine, theirs, ratio, ratio <= limit, f"{rule}: {said}")
 
 
@@ -154,6 +157,10 @@ def _bits(candidate: Figures, other: Figures) -> tuple[str, float | None, float 
 
 def _beside(mine: float | None, theirs: float | None, against: str) -> str:
     return f"{mine:.6g} bits per byte against {theirs:.6g} of the {against}"
+
+
+def _ms(seconds: float | None) -> str:
+    return f"{1000 * seconds:.4g}" if seconds is not None else "?"
 
 
 def _percent(share: float) -> str:

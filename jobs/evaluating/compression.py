@@ -7,8 +7,7 @@ def with_compression(models: dict[str, dict[str, Any]], teacher: dict[str, Any] 
     """The same figures with those that need the teacher's; without a teacher nothing is added.
 
     `size_ratio` and `parameter_ratio`: how many times the teacher's bytes on disk and parameters are the model's.
-    `retention_percent`: quality that is left, 100 * the teacher's bits per byte / the model's: 100 for a model that
-    predicts held-out text as well as the teacher, 50 for one that needs twice the bits. `task/NAME/retention_percent`:
+    `retention_percent`: 100 * `quality_kept`. `task/NAME/retention_percent`:
     100 * (accuracy - chance) / (the teacher's accuracy - chance), negative for a model that does worse than chance;
     absent where the teacher does no better than chance.
     """
@@ -17,11 +16,17 @@ def with_compression(models: dict[str, dict[str, Any]], teacher: dict[str, Any] 
     return {name: {**figures, **_beside(figures, teacher)} for name, figures in models.items()}
 
 
+def quality_kept(teacher_bits_per_byte: float, bits_per_byte: float) -> float:
+    """The share of the teacher's quality that is left: 1 for a model that predicts held-out text as well as the
+    teacher, 0.5 for one that needs twice the bits."""
+    return teacher_bits_per_byte / bits_per_byte
+
+
 def _beside(figures: dict[str, Any], teacher: dict[str, Any]) -> dict[str, float]:
     out = {
         "size_ratio": teacher["bytes"] / figures["bytes"],
         "parameter_ratio": teacher["parameters"] / figures["parameters"],
-        "retention_percent": 100 * (teacher["bits_per_byte"] / figures["bits_per_byte"]),
+        "retention_percent": 100 * quality_kept(teacher["bits_per_byte"], figures["bits_per_byte"]),
     }
     for name in figures:
         if name.startswith("task/") and name.endswith("/acc") and name in teacher:

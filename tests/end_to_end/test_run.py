@@ -26,6 +26,7 @@ def demo(tmp_path_factory):
         "train.steps=12",
         "evaluate.max_rows=32",
         "promote.max_quality_drop=0.05",
+        "promote.max_latency_ratio=100",
         f"serve.port={free_port()}",
     ]
     first = raystill("run", CONFIGS / "demo.yaml", *overrides, "--json", cwd=directory, timeout=500)
@@ -117,6 +118,8 @@ def test_demo_is_recorded_in_mlflow(demo):
     assert {"raystill.data", "raystill.teacher"} <= set(run.data.tags)
     version = client.get_model_version_by_alias("demo-student", "champion")
     assert version.tags["scheme"] == "int8_weight_only"
+    rules = json.loads(version.tags["verdict_rules"])
+    assert [rule["figure"] for rule in rules] == ["bits_per_byte", "token_s"]  # by the names that evaluation measures
     manifest = json.loads((Path(version.source.removeprefix("file://")) / "manifest.json").read_text())
     assert {"files", "scheme", "versions", "run", "data_fingerprint", "teacher_fingerprint", "measured"} <= set(
         manifest

@@ -11,9 +11,9 @@ from jobs.config import PromoteConfig
 from jobs.gate import Reigning, judge
 
 STUDENT = {"bits_per_byte": 2.0}
-TEACHER = {"bits_per_byte": 1.8, "ms_per_token": 0.4, "tokens_per_s": 100.0}
-CANDIDATE = {"bits_per_byte": 2.0, "bytes": 2_000_000, "ms_per_token": 0.1, "tokens_per_s": 500.0}
-CHAMPION = Reigning("champion, version 7", {"bits_per_byte": 1.9, "ms_per_token": 0.2, "tokens_per_s": 250.0})
+TEACHER = {"bits_per_byte": 1.8, "token_s": 0.0004, "tokens_per_s": 100.0}
+CANDIDATE = {"bits_per_byte": 2.0, "bytes": 2_000_000, "token_s": 0.0001, "tokens_per_s": 500.0}
+CHAMPION = Reigning("champion, version 7", {"bits_per_byte": 1.9, "token_s": 0.0002, "tokens_per_s": 250.0})
 
 
 def verdict(config, candidate=CANDIDATE, student=STUDENT, teacher=TEACHER, reigning=CHAMPION):
@@ -123,10 +123,10 @@ def test_rule_whose_figure_was_not_measured_refuses(config, candidate, teacher, 
 
 def test_latency_takes_one_measure_for_both_sides():
     scored = {"bits_per_byte": 2.0, "tokens_per_s": 500.0}
-    found = verdict({"max_latency_ratio": 1}, scored)  # the teacher has both, the candidate has no ms_per_token
-    assert (found.rules[-1].figure, found.rules[-1].value) == ("1000/tokens_per_s", pytest.approx(0.2))
+    found = verdict({"max_latency_ratio": 1}, scored)  # the teacher has both, the candidate has no token_s
+    assert (found.rules[-1].figure, found.rules[-1].value) == ("1/tokens_per_s", pytest.approx(0.2))
     found = verdict({"max_latency_ratio": 1})
-    assert (found.rules[-1].figure, found.rules[-1].value) == ("ms_per_token", pytest.approx(0.25))
+    assert (found.rules[-1].figure, found.rules[-1].value) == ("token_s", pytest.approx(0.25))
 
 
 def test_rules_against_a_champion_that_is_not_there_are_noted_and_not_asked():
@@ -139,7 +139,7 @@ def test_rules_against_a_champion_that_is_not_there_are_noted_and_not_asked():
 
 def test_champion_without_the_figure_refuses():
     found = verdict({"champion": {"max_latency_ratio": 1}}, reigning=Reigning("champion, version 7", {}))
-    assert "ms_per_token of the champion, version 7 was not measured" in found.failures[0]
+    assert "token_s of the champion, version 7 was not measured" in found.failures[0]
 
 
 def test_old_name_of_a_limit_is_an_error_that_names_the_new_one():
