@@ -8,7 +8,8 @@ demo: .venv/made  ## text to a served student, on this machine, in about ten min
 	$(BIN)/raystill run jobs/configs/demo.yaml
 
 test: .venv/made  ## every test that needs no GPU
-	$(BIN)/python -m pytest -q --durations=15
+	$(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest -q --durations=15 tests/integration tests/end_to_end
 
 check: .venv/made  ## style and types
 	$(BIN)/ruff check .
