@@ -50,3 +50,8 @@ output "secret_arn" {
   description = "Where AWS keeps the database's password, which it made and rotates."
   value       = module.database.secret_arn
 }
+
+output "image_id" {
+  description = "Machine image of the nodes."
+  value       = var.image_id == null ? nonsensitive(data.aws_ssm_parameter.image[0].value) : var.image_id
+}

@@ -78,3 +78,9 @@ variable "protect" {
   type        = bool
   default     = true
 }
+
+variable "image_id" {
+  description = "Machine image of the nodes; null takes AWS's current Deep Learning base image (Amazon Linux 2023, NVIDIA driver)."
+  type        = string
+  default     = null
+}
