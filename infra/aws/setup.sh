@@ -7,8 +7,9 @@ set -euo pipefail
 region=$1 host=$2 secret=$3 bucket=$4
 here=$(cd "$(dirname "$0")" && pwd)
 
-command -v python3.11 >/dev/null && command -v crond >/dev/null ||
+if ! command -v python3.11 >/dev/null || ! command -v crond >/dev/null; then
     sudo dnf install --quiet --assumeyes python3.11 python3.11-pip cronie
+fi
 test -x "$here/venv/bin/python" || python3.11 -m venv "$here/venv"
 "$here/venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$here/constraints.txt" \
     "raystill[postgres] @ file://$here/raystill-0.1.0-py3-none-any.whl"
