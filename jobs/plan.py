@@ -189,7 +189,7 @@ def _warnings(found: dict[str, Any], config: RunConfig, network_gbps: float) -> 
         heaviest = max(signal["gbps_per_student_node"], signal["gbps_per_teacher_node"])
         if heaviest > network_gbps:
             lines.append(
-                f"the signal is {heaviest:,.1f} Gbit/s for a node, the network has {network_gbps:,.0f}: "
+                f"the signal is {heaviest:,.1f} Gbit/s for a node, the network has {network_gbps:g}: "
                 "distill.signal=topk or sampled is smaller"
             )
         assert config.teacher is not None

@@ -22,10 +22,11 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
         + (f"about ${found['usd']:,.0f} for whole nodes" if found["usd"] is not None else "no price (--price CARD=USD)")
     ]
     if signal := found["signal"]:
+        out, into = signal["gbps_per_teacher_node"], signal["gbps_per_student_node"]
         lines.append(
             f"signal {signal['kind']}: {signal['bytes_per_position']:,} bytes per position, "
-            f"{size(signal['bytes_per_s'])}/s; {signal['gbps_per_teacher_node']:,.1f} Gbit/s out of each teacher node, "
-            f"{signal['gbps_per_student_node']:,.1f} into each student node; {size(signal['label_bytes'])} if stored"
+            f"{size(signal['bytes_per_s'])}/s; {out:,.1f} Gbit/s out of each teacher node, {into:,.1f} into each student "
+            f"node; {signal['label_bytes'] / 1e12:,.2f} TB if stored"
         )
     if found["gradient_bytes"]:
         lines.append(

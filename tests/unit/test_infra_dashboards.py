@@ -1,6 +1,7 @@
 """Every metric that a dashboard or an alert asks for is one that raystill or Ray exports, and each of ours is shown."""
 
 import ast
+import functools
 import json
 import re
 from pathlib import Path
@@ -28,6 +29,7 @@ def declared(path):
                 yield first.value, node.func.attr
 
 
+@functools.cache
 def ours():
     """Exported names of raystill's metrics, by the name that the code gives them."""
     files = [path for room in ("cluster", "services", "jobs") for path in (ROOT / room).rglob("*.py")]
@@ -40,6 +42,8 @@ def of_ray():
     text = "".join(path.read_text() for path in (installed / "dashboard/modules/metrics/dashboards").glob("*.py"))
     found = set(re.findall(r"ray_[a-z0-9_]+", text))
     for path in (installed / "serve").rglob("*.py"):
+        if "metrics." not in path.read_text(encoding="utf-8"):
+            continue
         found |= {f"ray_{name}{ending}" for name, kind in declared(path) for ending in KINDS[kind]}
     return found
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.config import load
 from cluster.errors import ConfigError, ModelError
+from jobs.__main__ import app
 from jobs.config import RunConfig
 from jobs.plan import PlanOptions, plan
 from jobs.planning.cards import CARDS, find_card, read_prices
@@ -49,6 +49,7 @@ def test_size_is_that_of_the_built_model(tmp_path, family):
     assert found.head == built.get_output_embeddings().weight.numel()
     assert found.vocab_size == tiny.VOCABULARY
     tokens = 64
+    built.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         built(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
     # The counter takes attention as if it were not causal: twice ours.
@@ -142,7 +143,7 @@ def test_plan_counts_the_gradients_between_nodes_and_the_pass_that_is_computed_a
     assert two["student"]["busy"] == pytest.approx(1 - two["gradient_share"])
     again = {"steps": 100, "global_batch": 64, "micro_batch": 8, "gradient_checkpointing": True}
     checkpointing = plan(config_of(teacher, train=again), PlanOptions(students=8))
-    assert checkpointing["student"]["flops_per_token"] > 1.2 * alone["student"]["flops_per_token"]
+    assert checkpointing["student"]["flops_per_token"] > 1.15 * alone["student"]["flops_per_token"]
 
 
 def test_plan_without_a_teacher_has_one_side(teacher):
@@ -165,9 +166,13 @@ def test_plan_says_what_will_not_go(teacher):
     text = " ".join(found["warnings"])
     assert "80 student cards share train.global_batch=64" in text
     assert "gradients between nodes take" in text
-    assert "set teacher.replicas=" in text
     assert found["usd"] is None  # no price is at hand for it
     assert plan(config_of(teacher), PlanOptions(prices={"h100": 1.0}))["usd"] > 0
+    slow = plan(config_of(teacher), PlanOptions(students=8, teacher_utilisation=0.05))
+    assert slow["teacher"]["cards"] > 1
+    assert f"set teacher.replicas={slow['teacher']['cards']}" in " ".join(slow["warnings"])
+    heavy = config_of(teacher, distill={"signal": "dense"})
+    assert "Gbit/s for a node, the network has 0.1" in " ".join(plan(heavy, PlanOptions(network_gbps=0.1))["warnings"])
 
 
 def test_plan_of_a_model_that_is_too_large_says_so():
@@ -191,26 +196,24 @@ def test_cards_and_prices_are_refused_by_name():
     assert read_prices(["h100=2", "l4=0.5"]) == {"h100": 2.0, "l4": 0.5}
 
 
-def test_plan_on_the_command_line_prints_a_table_and_json(command, teacher, tmp_path):
-    text = json.dumps(json.loads(config_of(teacher).model_dump_json(by_alias=True)))
-    (tmp_path / "mine.yaml").write_text(text)
-    arguments = [*command, "plan", "mine.yaml", "--students", "4", "--price", "h100=2"]
-    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env=environment(160))
-    assert done.returncode == 0, done.stderr
+def test_plan_on_the_command_line_prints_a_table_and_json(teacher, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    Path("mine.yaml").write_text(config_of(teacher).model_dump_json(by_alias=True))
+    arguments = ["plan", "mine.yaml", "--students", "4", "--price", "h100=2"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
     assert "tokens/s of a card" in done.stdout
     assert "on ten times the cards" in done.stdout
-    found = subprocess.run([*arguments, "--json"], cwd=tmp_path, capture_output=True, text=True, env=environment(160))
-    assert json.loads(found.stdout)["student"]["cards"] == 4
-    wrong = subprocess.run([*arguments, "--student-card", "tpu"], cwd=tmp_path, capture_output=True, text=True)
-    assert wrong.returncode == 2
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert found["student"]["cards"] == 4
+    assert found["student"]["card"]["usd_per_hour"] == 2
+    wrong = CliRunner().invoke(app, [*arguments, "--student-card", "tpu"])
+    assert wrong.exit_code == 2
     assert wrong.stderr.startswith("raystill: card tpu: not in the table")
-    assert not (tmp_path / "runs").exists()
-
-
-def environment(columns):
-    import os
-
-    return {**os.environ, "COLUMNS": str(columns)}
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
