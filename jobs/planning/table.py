@@ -25,8 +25,8 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
         out, into = signal["gbps_per_teacher_node"], signal["gbps_per_student_node"]
         lines.append(
             f"signal {signal['kind']}: {signal['bytes_per_position']:,} bytes per position, "
-            f"{size(signal['bytes_per_s'])}/s; {out:,.1f} Gbit/s out of each teacher node, {into:,.1f} into each student "
-            f"node; {signal['label_bytes'] / 1e12:,.2f} TB if stored"
+            f"{size(signal['bytes_per_s'])}/s; {out:,.1f} Gbit/s out of each teacher node, {into:,.1f} into each "
+            f"student node; {signal['label_bytes'] / 1e12:,.2f} TB if stored"
         )
     if found["gradient_bytes"]:
         lines.append(
