@@ -64,7 +64,7 @@ def model_sizes(config: RunConfig) -> tuple[ModelSize | None, ModelSize]:
             return _size(of_teacher), _size(of_teacher, student.from_teacher.layers)
         else:
             shape = dict(student.shape or {})
-            vocabulary = int(num_tokens or getattr(of_teacher, "vocab_size", 32_000))
+            vocabulary: int = num_tokens or getattr(of_teacher, "vocab_size", None) or 32_000
             if "model_type" not in shape and base is None and teacher is not None:
                 shape = {**(teacher.shape or {}), **shape}
             of_student = shape_config(shape, None if "model_type" in shape else base, vocabulary)

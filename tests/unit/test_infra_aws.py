@@ -201,3 +201,58 @@ def test_local_secrets_are_made_once_and_hidden(tmp_path):
     again = subprocess.run(["bash", str(tmp_path / "secrets.sh")], check=True, capture_output=True, text=True)
     assert {path.name: path.read_text() for path in directory.iterdir()} == first
     assert not any(secret in again.stdout for secret in secrets)
+
+
+@pytest.fixture
+def account(tmp_path, monkeypatch):
+    """A mock of AWS with what Terraform makes, and a cluster file filled with it."""
+    import boto3
+    from moto import mock_aws
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "mock")
+    with mock_aws():
+        ec2, iam = boto3.client("ec2", "us-east-1"), boto3.client("iam")
+        vpc = ec2.create_vpc(CidrBlock="10.42.0.0/16")["Vpc"]["VpcId"]
+        subnets = [
+            ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.42.{16 * place}.0/20", AvailabilityZone=f"us-east-1{zone}")
+            for place, zone in enumerate("ab")
+        ]
+        group = ec2.create_security_group(GroupName="raystill-nodes", Description="nodes", VpcId=vpc)["GroupId"]
+        profiles = {}
+        for role in ("head", "worker"):
+            made = iam.create_instance_profile(InstanceProfileName=f"raystill-{role}")
+            profiles[f"{role}_profile_arn"] = made["InstanceProfile"]["Arn"]
+        image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+        ids = {"private_subnet_ids": [item["Subnet"]["SubnetId"] for item in subnets], "nodes_group_id": group}
+        done = fill({**OUTPUTS, **profiles, **ids, "image_id": image})
+        yield yaml.safe_load(done.stdout), ec2
+
+
+def test_cluster_starts_its_machines_on_a_mock_of_aws_as_the_file_says(account):
+    from ray.autoscaler._private.aws import config as aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.util import prepare_config
+
+    cluster, ec2 = account
+    made = aws.bootstrap_aws(prepare_config(cluster))
+    kinds = made["available_node_types"]
+    provider = AWSNodeProvider(made["provider"], made["cluster_name"])
+    for kind in ("head", "teacher"):
+        tags = {"ray-node-type": "head" if kind == "head" else "worker", "ray-user-node-type": kind}
+        provider.create_node(dict(kinds[kind]["node_config"]), tags, 1)
+    machines = [item for group in ec2.describe_instances()["Reservations"] for item in group["Instances"]]
+    assert {item["InstanceType"] for item in machines} == {"m7i.2xlarge", "g6e.12xlarge"}
+    for machine in machines:
+        assert {"Key": "ray-cluster-name", "Value": "raystill"} in machine["Tags"], "the head's role is bound to it"
+        assert machine["MetadataOptions"]["HttpTokens"] == "required"
+        assert "PublicIpAddress" not in machine
+        assert "InstanceLifecycle" not in machine, "spot"
+        role = "head" if machine["InstanceType"].startswith("m7i") else "worker"
+        assert machine["IamInstanceProfile"]["Arn"].endswith(role)
+        assert [group["GroupId"] for group in machine["SecurityGroups"]] == cluster["available_node_types"]["head"][
+            "node_config"
+        ]["SecurityGroupIds"]
+    groups = ec2.describe_security_groups()["SecurityGroups"]
+    assert not [item for item in groups if item["GroupName"].startswith("ray-autoscaler")], "Ray made one of its own"
