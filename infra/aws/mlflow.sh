@@ -8,4 +8,4 @@ mkdir -p "$HOME/raystill/log"
 MLFLOW_BACKEND_STORE_URI=${RAYSTILL_DATABASE_URL/postgresql:/postgresql+psycopg:}
 export MLFLOW_BACKEND_STORE_URI
 nohup mlflow server --host 127.0.0.1 --port 5000 --workers 2 --artifacts-destination "s3://$RAYSTILL_BUCKET/mlflow" \
-    >>"$HOME/raystill/log/mlflow.log" 2>&1 &
+    </dev/null >>"$HOME/raystill/log/mlflow.log" 2>&1 &
