@@ -184,6 +184,51 @@ def test_mlflow_is_started_for_this_machine_alone_and_once(machine):
     assert (home / "store").read_text() == "postgresql+psycopg://raystill@db:5432/mlflow\n"
 
 
+def test_node_is_set_up_and_again_without_a_change(machine):
+    """The programs of the system are stand-ins that write down what they are asked."""
+    import shutil
+
+    home, programs, environment = machine
+    here = home / "raystill"
+    here.mkdir()
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("token")
+    for name in ("setup.sh", "database.sh"):
+        shutil.copy(ROOT / "infra/aws" / name, here / name)
+    pip = 'mkdir -p "$3/bin"; printf \'#!/bin/sh\\necho pip "$@" >>$HOME/asked\\n\' | tee "$3/bin/pip" >"$3/bin/python"'
+    program(programs, "python3.11", f'echo venv >>$HOME/asked; {pip}; chmod +x "$3"/bin/*')
+    program(programs, "crond", "true")
+    program(programs, "sudo", 'echo "sudo $*" >>$HOME/asked')
+    program(programs, "crontab", "cat >$HOME/crontab")
+    program(programs, "aws", 'echo \'{"password": "p4ss"}\'')
+    arguments = ["us-east-1", "db.internal", "arn:x", "my-bucket"]
+    for _ in range(2):
+        done = subprocess.run(
+            ["bash", str(here / "setup.sh"), *arguments], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    asked = (home / "asked").read_text().splitlines()
+    assert asked.count("venv") == 1
+    [install, again] = [line for line in asked if line.startswith("pip install")]
+    assert install == again
+    assert f"--constraint {here}/constraints.txt raystill[postgres] @ file://{here}/raystill-" in install
+    assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
+    assert (home / "crontab").read_text() == f"*/10 * * * * bash {here}/database.sh us-east-1 db.internal arn:x\n"
+    told = subprocess.run(
+        ["bash", "-c", f". {here}/environment; echo $RAYSTILL_DATABASE_URL $RAY_AUTH_MODE $RAYSTILL_BUCKET"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert told.stdout.split() == [
+        "postgresql://raystill@db.internal:5432/mlflow?sslmode=require",
+        "token",
+        "my-bucket",
+    ]
+    assert "p4ss" not in (here / "environment").read_text() + done.stdout
+    assert (home / ".pgpass").read_text() == "db.internal:5432:mlflow:raystill:p4ss\n"
+
+
 def test_local_secrets_are_made_once_and_hidden(tmp_path):
     import shutil
 
