@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check bench format s3 smollm2 clean
+.PHONY: demo test check infra bench format s3 smollm2 clean
 
 demo: .venv/made  ## text to a served student, on this machine, in about ten minutes
 	$(BIN)/raystill run jobs/configs/demo.yaml
@@ -11,10 +11,15 @@ test: .venv/made  ## every test that needs no GPU
 	$(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest -q --durations=15 tests/integration tests/end_to_end
 
-check: .venv/made  ## style and types
+check: .venv/made  ## style and types, and infra/ as far as its tools are there
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python infra/check.py
+
+infra: .venv/made  ## every check of infra/ that needs no account; a tool that is not there is named
+	$(BIN)/python infra/check.py
+	$(BIN)/python -m pytest -q tests/unit/test_infra_*.py tests/unit/test_plan.py
 
 bench: .venv/made  ## quick benchmarks of the loss, whole steps, the service, scale, the wire, labels and preparing
 	for name in loss end_to_end service_tax scale wire labels prepare; do $(BIN)/python -m tests.benchmarks.$$name --quick || exit 1; done

@@ -214,6 +214,53 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    teacher_card: Annotated[str, typer.Option(metavar="CARD", help="What a teacher replica runs on.")] = "h100",
+    student_card: Annotated[str, typer.Option(metavar="CARD", help="What a student worker runs on.")] = "h100",
+    students: Annotated[
+        int | None, typer.Option(min=1, help="Cards that train the student; default train.num_workers.")
+    ] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="Tokens to read; default train.steps.")] = None,
+    teacher_utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the card's bf16 peak.")] = 0.5,
+    student_utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the card's bf16 peak.")] = 0.4,
+    network_gbps: Annotated[float, typer.Option(min=0.1, help="Between nodes, each way, in Gbit/s.")] = 100,
+    price: Annotated[
+        list[str] | None, typer.Option(metavar="CARD=USD", help="Price of a card and hour; may be given again.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say on paper how many cards it takes, for how long and how much, and what will not go. Starts nothing."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from jobs.plan import PlanOptions
+        from jobs.plan import plan as planned
+        from jobs.planning.cards import read_prices
+        from jobs.planning.table import show_plan
+
+        options = PlanOptions(
+            teacher_card=teacher_card,
+            student_card=student_card,
+            students=students,
+            tokens=tokens,
+            teacher_utilisation=teacher_utilisation,
+            student_utilisation=student_utilisation,
+            network_gbps=network_gbps,
+            prices=read_prices(price or []),
+        )
+        found = planned(_load(config, overrides), options)
+        if as_json:
+            typer.echo(json.dumps(found, sort_keys=True))
+        else:
+            show_plan(found, Console())
+
+    _guard(work, as_json)
+
+
+@app.command()
 def status(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Run name (in runs/), config file, or storage root URI.")],
     as_json: AsJson = False,

@@ -104,6 +104,8 @@ class TrainConfig(Config):
     threads_per_worker: int | None = execution(None, ge=1)
     """Default: the cores shared by workers and teacher replicas on this machine."""
     use_gpu: bool = execution(False)
+    node_labels: dict[str, str] | None = execution(None)
+    """Ray labels of the nodes that workers may run on, such as {pool: student}; default: any node."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak rate, reached after the warm-up; then a cosine down to `final_rate` times it."""
     final_rate: float = Field(0.1, ge=0, le=1)
@@ -151,6 +153,8 @@ class TeacherConfig(Config):
     """Autoscale up to this many replicas on waiting requests; default: no more than `replicas`."""
     threads_per_replica: int | None = execution(None, ge=1)
     num_gpus: float = execution(0, ge=0)
+    node_labels: dict[str, str] | None = execution(None)
+    """Ray labels of the nodes that replicas may run on, such as {pool: teacher}; default: any node."""
     max_batch_tokens: int = execution(16384, ge=1)
     """Waiting requests are merged up to this many tokens."""
     attempt_timeout_s: float = execution(60, gt=0)

@@ -56,7 +56,10 @@ def run_training(plan: TrainPlan, connection: Connection, bar: Bar, on_step: OnS
             # While one worker waits for the teacher the others wait in a collective: it must outlast the deadline.
             torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=int(deadline_s) + 600),
             scaling_config=ScalingConfig(
-                num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
+                num_workers=config.num_workers,
+                use_gpu=config.use_gpu,
+                resources_per_worker=resources,
+                label_selector=config.node_labels,
             ),
             # Checkpoints are ours (jobs.training.checkpoint); Ray Train keeps only its own notes, under a fresh name.
             run_config=RunConfig(
@@ -120,6 +123,7 @@ def teacher_service(
         max_replicas=config.max_replicas,
         threads_per_replica=config.threads_per_replica or default_threads(run),
         num_gpus=config.num_gpus,
+        node_labels=config.node_labels,
         max_batch_tokens=config.max_batch_tokens,
     )
     app_name = f"teacher-{run.name}-{fingerprint(run.storage)[:8]}"  # a cluster may hold the teachers of several runs

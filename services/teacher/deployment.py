@@ -63,7 +63,11 @@ def app(config: TeacherServiceConfig) -> Application:
     """The teacher as a Serve application."""
     highest = max(config.max_replicas or config.replicas, config.replicas)
     deployment = Teacher.options(  # type: ignore[attr-defined]  # made by the decorator
-        ray_actor_options={"num_cpus": config.threads_per_replica, "num_gpus": config.num_gpus},
+        ray_actor_options={
+            "num_cpus": config.threads_per_replica,
+            "num_gpus": config.num_gpus,
+            **({"label_selector": config.node_labels} if config.node_labels else {}),
+        },
         **(
             {"num_replicas": config.replicas}
             if highest == config.replicas

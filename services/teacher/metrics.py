@@ -2,13 +2,17 @@
 
 from ray.serve import metrics
 
+from cluster.gauges import LastingGauge
+
 
 class TeacherMetrics:
     """Counts what a `Merger` does. One for each replica."""
 
     def __init__(self) -> None:
-        self._in_flight = metrics.Gauge(
-            "raystill_teacher_tokens_in_flight", description="Tokens of requests that wait or are computed."
+        self._in_flight = LastingGauge(
+            metrics.Gauge(
+                "raystill_teacher_tokens_in_flight", description="Tokens of requests that wait or are computed."
+            )
         )
         self._tokens = metrics.Counter("raystill_teacher_tokens", description="Tokens scored.")
         self._fill = metrics.Histogram(

@@ -1,0 +1,1 @@
+"""What a distillation takes, on paper: sizes of models, figures of cards, and the arithmetic between them."""

@@ -1,0 +1,67 @@
+"""`infra/check.py`: a failure fails, a tool that is not there is named, schemas refuse what they do not know."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SPEC = importlib.util.spec_from_file_location("infra_check", Path(__file__).parents[2] / "infra" / "check.py")
+check = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(check)
+
+
+def absent():
+    raise check.Absent("tool is not installed (from there)")
+
+
+def failed():
+    raise check.Failed("line 3: wrong")
+
+
+def made(monkeypatch, capsys, checks, *arguments):
+    monkeypatch.setattr(check, "CHECKS", checks)
+    monkeypatch.setattr("sys.argv", ["check.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        check.main()
+    return end.value.code, capsys.readouterr().out
+
+
+def test_check_that_fails_is_an_exit_code(monkeypatch, capsys):
+    code, text = made(monkeypatch, capsys, {"one": lambda: "fine", "two": failed})
+    assert code == 1
+    assert "FAILED  two" in text
+    assert "line 3: wrong" in text
+    assert text.endswith("1 passed, 1 failed, 0 not made\n")
+
+
+def test_tool_that_is_not_there_is_named_and_fails_only_if_all_are_wanted(monkeypatch, capsys):
+    code, text = made(monkeypatch, capsys, {"one": lambda: "fine", "two": absent})
+    assert code == 0
+    assert "ABSENT  two" in text
+    assert "tool is not installed (from there)" in text
+    assert made(monkeypatch, capsys, {"two": absent}, "--all")[0] == 1
+
+
+def test_program_that_ends_badly_is_a_failure_with_its_words():
+    with pytest.raises(check.Failed, match="no such thing"):
+        check.run("sh", "-c", "echo no such thing >&2; exit 3")
+    with pytest.raises(check.Absent, match=r"nothing-of-this-name is not installed \(from there\)"):
+        check.tool("nothing-of-this-name", "from there")
+
+
+def test_schema_refuses_a_key_that_nobody_knows_at_any_depth():
+    import jsonschema
+
+    pod = {"type": "object", "properties": {"cpu": {"x-kubernetes-int-or-string": True, "type": "integer"}}}
+    free = {"type": "object", "properties": {}, "x-kubernetes-preserve-unknown-fields": True}
+    schema = check._strict({"type": "object", "properties": {"pods": {"type": "array", "items": pod}, "free": free}})
+    validator = jsonschema.Draft7Validator(schema)
+    assert validator.is_valid({"pods": [{"cpu": "500m"}], "free": {"anything": 1}})
+    assert not validator.is_valid({"pods": [{"cpus": 1}]})
+
+
+def test_manifests_and_their_pods_are_found():
+    kinds = [item["kind"] for _, item in check.documents()]
+    assert {"RayCluster", "RayJob", "RayService", "NetworkPolicy"} <= set(kinds)
+    pods = [pod for _, item in check.documents() for pod in check.pod_templates(item)]
+    assert len(pods) >= 10
