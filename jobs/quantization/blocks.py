@@ -7,6 +7,7 @@ bytes are read by GatherBlockQuantized, so that an embedding and a head that are
 Axes: N outputs, K inputs, G blocks in a row, Y bytes in a block.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,14 +47,12 @@ def round_to_blocks(weight_NK: Tensor, bits: int, block_size: int | None = None)
         block_size: a power of two from 16 to 256; default: 32 for 4 bits, and for 8 bits the largest up to 128 that
             divides K, so that no row is filled up.
     """
-    from onnxruntime.quantization.matmul_nbits_quantizer import (
-        DefaultWeightOnlyQuantConfig,
-        DefaultWeightOnlyQuantizer,
-    )
-
     if block_size is None:
         block_size = FOUR_BIT_BLOCK if bits == 4 else _largest_divisor(weight_NK.shape[1])
-    rounding = DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(block_size, is_symmetric=True, bits=bits))
+    library = _rounding()
+    rounding = library.DefaultWeightOnlyQuantizer(
+        library.DefaultWeightOnlyQuantConfig(block_size, is_symmetric=True, bits=bits)
+    )
     weight_KN = np.ascontiguousarray(weight_NK.detach().float().numpy().T)
     packed, scales, _ = rounding.qbits_block_quant(weight_KN)
     return Blocks(
@@ -80,6 +79,17 @@ def dequantize(blocks: Blocks) -> Tensor:
         numbers = torch.stack([numbers & 15, numbers >> 4], -1).flatten(-2)
     centred = numbers.float() - (1 << blocks.bits - 1)
     return (centred * blocks.scales[..., None]).flatten(1)[:, : blocks.in_features]
+
+
+def _rounding() -> Any:
+    """onnxruntime's module of block quantisers, without the log handler that it gives the root as it is imported."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    from onnxruntime.quantization import matmul_nbits_quantizer
+
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    return matmul_nbits_quantizer
 
 
 def _largest_divisor(columns: int) -> int:
