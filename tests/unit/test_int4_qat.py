@@ -81,15 +81,14 @@ def test_qat_artefact_holds_two_weights_in_a_byte(trained):
     assert model_bytes(str(made)) < 0.25 * model_bytes(str(student)) + 60_000
 
 
-def test_qat_that_takes_too_long_stops_with_what_it_has(prepared, student, tmp_path, caplog):
+def test_qat_that_takes_too_long_stops_with_what_it_has(prepared, student, caplog):
     root, _ = prepared
-    quantize(str(student), tmp_path, plan(root, str(student), max_minutes=1e-9))
-    facts = json.loads((tmp_path / TRAINING).read_text())
-    assert (facts["steps"], facts["steps_asked"]) == (1, 12)
+    wanted = plan(root, str(student), max_minutes=1e-9)
+    assert len(int4_qat.fine_tune(load_causal_lm(str(student)), wanted, lambda step, loss: None)) == 1
     assert "int4_qat stopped after 1 of 12 steps" in caplog.text
 
 
-def test_qat_is_the_same_for_the_same_seed_and_follows_the_teacher(prepared, student, monkeypatch):
+def test_qat_is_the_same_for_the_same_seed_and_follows_the_teacher(prepared, student):
     root, teacher = prepared
     losses = []
     for wanted in (plan(root, teacher, steps=3), plan(root, teacher, steps=3), plan(root, str(student), steps=3)):
