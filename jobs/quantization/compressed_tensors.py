@@ -31,7 +31,8 @@ def quantize(student: str, directory: Path, python: str, storage: str, store: st
         file = Path(name) / "rows.jsonl"
         ids = [texts.row(index).token_ids.tolist() for index in range(min(rows, len(texts)))]
         file.write_text("\n".join(map(json.dumps, ids)))
-        command = [python, gptq_script.__file__, student, str(directory), str(file)]
+        # Isolated: else the script's own folder, where this file lies, would stand for the package of its name.
+        command = [python, "-I", gptq_script.__file__, student, str(directory), str(file)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=name)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"code {done.returncode}"]

@@ -1,6 +1,6 @@
 """GPTQ (Frantar et al., arXiv 2210.17323) by llm-compressor, run by the Python of its own environment:
 
-    ENV/bin/python jobs/quantization/gptq_script.py STUDENT DIRECTORY ROWS.jsonl
+    ENV/bin/python -I jobs/quantization/gptq_script.py STUDENT DIRECTORY ROWS.jsonl
 
 Imports nothing of raystill, which that environment does not have. ROWS holds one list of token ids a line.
 """
