@@ -62,7 +62,7 @@ def make_artefacts(
     check_pairings(config, read_config(student))
     torch.set_num_threads(threads)
     processor = machine(threads, False)["processor"]
-    out = {}
+    out: dict[str, dict[str, str]] = {}
     for number, scheme in enumerate(config.schemes):
 
         def report(note: str, number: int = number, scheme: str = scheme) -> None:

@@ -118,7 +118,7 @@ class BlockLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         held = self.weights
         rows = held.blocks_NGY.shape[0]
-        attributes = {
+        attributes: dict[str, Any] = {
             "K": held.in_features,
             "N": rows,
             "bits": held.bits,

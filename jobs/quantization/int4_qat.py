@@ -89,7 +89,7 @@ def quantize(
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module is not head and module.in_features % FOUR_BIT_BLOCK == 0
     }
-    rounding = IntxWeightOnlyConfig(torch.int4, PerGroup(FOUR_BIT_BLOCK))
+    rounding = IntxWeightOnlyConfig(torch.int4, PerGroup(FOUR_BIT_BLOCK))  # type: ignore[attr-defined]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantize_(model, QATConfig(rounding, step="prepare"), filter_fn=lambda module, name: name in names)

@@ -70,7 +70,8 @@ def check_pairings(config: QuantizeConfig, model: Any) -> None:
         pairing, kind = PAIRINGS[scheme], model_kind(model)
         if kind not in pairing.kinds:
             raise ConfigError(
-                f"quantize.schemes has {scheme}, the student is a {model.model_type}: {pairing.else_[kind]}"
+                f"quantize.schemes has {scheme}, the student is a {model.model_type}: {pairing.else_[kind]}, and in "
+                "promote.scheme too if it is named there"
             )
         if scheme == "int4_qat" and (wide := _not_divisible(model)) is not None:
             raise ConfigError(
