@@ -1,5 +1,6 @@
 """Which scheme goes with which model on which processor; what does not is refused before any work. No torch here."""
 
+import importlib.util
 import platform
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ ModelKind = Literal["decoder", "conv1d_decoder", "encoder"]
 
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _ENCODERS = {"bert", "roberta", "distilbert", "electra", "albert", "camembert", "xlm-roberta", "mpnet", "deberta-v2"}
-_INSTALL = "python -m venv ENV && ENV/bin/pip install 'llmcompressor>=0.13'"
+_INSTALL = "python -m venv ENV && ENV/bin/pip install llmcompressor==0.13.0"
 
 
 @dataclass(frozen=True)
@@ -112,4 +113,6 @@ def llmcompressor_problem(python: str | None) -> str | None:
     )
     if done.returncode != 0:
         return f"quantize.llmcompressor_python={python} has no llm-compressor: {_INSTALL}"
+    if importlib.util.find_spec("compressed_tensors") is None:
+        return "transformers reads it back with compressed-tensors: pip install 'raystill[gptq]'"
     return None
