@@ -68,7 +68,7 @@ def load_causal_lm(model: str, dtype: torch.dtype = torch.float32, gguf_file: st
         extra = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(found, dtype=dtype, output_loading_info=True, **extra)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"model {model}: cannot be loaded as a causal language model ({_first_line(error)})"
         ) from error

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from cluster.config import Config, execution
 from cluster.connection import ClusterConfig
 from cluster.names import NAME
+from jobs.quantization.config import QuantizationScheme, QuantizeConfig
 from services.endpoint.schema import EndpointConfig
 from services.teacher.signals import SignalKind
 
@@ -286,13 +287,6 @@ class EvaluateConfig(Config):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"tasks has {twice[0]!r} {names.count(twice[0])} times: give each a name of its own")
         return self
-
-
-QuantizationScheme = Literal["int8_weight_only", "onnx_int8"]
-
-
-class QuantizeConfig(Config):
-    schemes: list[QuantizationScheme] = Field(["int8_weight_only", "onnx_int8"], min_length=1)
 
 
 class RegisterConfig(Config):

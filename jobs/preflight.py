@@ -17,6 +17,7 @@ from jobs.config import RunConfig, TrainConfig
 from jobs.corpus import check_endings, find_sources
 from jobs.evaluating.questions import read_questions
 from jobs.ledger import Ledger
+from jobs.quantization.pairings import check_pairings
 from jobs.shape import shape_config
 from jobs.train import default_threads
 
@@ -113,6 +114,7 @@ def _check_models(config: RunConfig) -> None:
         num_tokens = len(student_tokenizer)
     of_teacher = _teacher_config(config, num_tokens)
     of_student = _student_config(config, num_tokens, of_teacher)
+    check_pairings(config.quantize, of_student)
     for place, shape in (("teacher", of_teacher), ("student", of_student)):
         if shape is not None:
             _check_size(place, shape, config.data.sequence_length, num_tokens)

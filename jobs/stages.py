@@ -281,7 +281,10 @@ def _evaluate_key(run: Run) -> str:
 
 
 def _quantize_key(run: Run) -> str:
-    return stage_key(run.config.quantize.identity(), *evaluation_identity(run), run.keys["train"])
+    config = run.config
+    learns = [config.distill.identity(), config.train.seed, run.keys["teacher"]]
+    of_qat = learns if "int4_qat" in config.quantize.schemes else []
+    return stage_key(config.quantize.identity(), *evaluation_identity(run), run.keys["train"], *of_qat)
 
 
 def _quantize(run: Run, bar: Bar) -> Output:
@@ -294,7 +297,8 @@ def _quantize(run: Run, bar: Bar) -> Output:
     artefacts = run_task(
         make_artefacts,
         student,
-        schemes,
+        config.quantize,
+        _qat_plan(run) if "int4_qat" in schemes else None,
         run.storage.uri,
         prefix,
         run.store_prefix,
@@ -304,8 +308,27 @@ def _quantize(run: Run, bar: Bar) -> Output:
     )
     output = evaluate_artefacts(run, artefacts, bar)
     for scheme in schemes:
-        check_reload(scheme, output["models"][f"student_{scheme}"])
+        same = artefacts[scheme]["processor"] == output["details"]["machine"]["processor"]
+        check_reload(scheme, output["models"][f"student_{scheme}"], same)
     return with_report(run, "quantize", {"artefacts": artefacts, **output})
+
+
+def _qat_plan(run: Run) -> Any:
+    """The run's own loss and teacher; without a teacher the float student is the one."""
+    from jobs.quantization.int4_qat import QatPlan
+    from jobs.training.objective import Objective
+
+    config, distill = run.config, run.config.distill
+    return QatPlan(
+        teacher=run.teacher_model or str(run.outputs["train"]["model"]),
+        storage=run.storage.uri,
+        store=run.store_prefix,
+        objective=Objective(
+            distill.alpha if config.distils else 0.0, distill.temperature, distill.divergence, distill.jsd_beta
+        ),
+        config=config.quantize.qat,
+        seed=config.train.seed,
+    )
 
 
 def _artefacts_are_there(run: Run, output: Output) -> bool:

@@ -15,7 +15,11 @@ _TITLES = {
     "teacher": "teacher",
     "student": "student",
     "student_int8_weight_only": "student int8 (torchao)",
+    "student_int8_dynamic": "student int8 dynamic (torchao)",
     "student_onnx_int8": "student int8 (ONNX)",
+    "student_onnx_int4": "student int4 (ONNX)",
+    "student_int4_qat": "student int4 QAT (ONNX)",
+    "student_compressed_tensors_w4a16": "student int4 GPTQ",
 }
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from cluster.errors import EvaluationFailed
 from cluster.pretrained import locate
 from jobs.config import EvaluateConfig
+from jobs.quantization.config import ON_ONNXRUNTIME
 
 _LEAST_S = 0.2
 """A timed repetition goes over its rows as often as it takes to last this long."""
@@ -97,7 +98,7 @@ def measure_here(asked: dict[str, Any]) -> Efficiency:
     rows, config = _rows(asked["rows"]), asked["config"]
     base_bytes = _peak_bytes()
     scorer = load_scorer(asked["model"], asked["scheme"], asked["threads"])
-    on_gpu = asked["scheme"] != "onnx_int8" and torch.cuda.is_available()
+    on_gpu = asked["scheme"] not in ON_ONNXRUNTIME and torch.cuda.is_available()
     finish = torch.cuda.synchronize if on_gpu else lambda: None
     scorer.score(collate(rows[:1]))  # first calls allocate and choose kernels
     figures: dict[str, float] = {"parameters": scorer.parameters}
@@ -128,7 +129,7 @@ def measure_here(asked: dict[str, Any]) -> Efficiency:
     if asked["scheme"] == "float":
         figures["flops_per_token"] = count_flops(scorer, rows[0])
     else:
-        absent["flops_per_token"] = "int8 products are no floating-point operations"
+        absent["flops_per_token"] = "products of integers are no floating-point operations"
     return Efficiency(figures, absent, machine(asked["threads"], on_gpu))
 
 

@@ -1,10 +1,11 @@
-"""What is measured of every model goes through one interface: float, quantised by torchao, or an ONNX graph."""
+"""What is measured of every model goes through one interface: float, quantised, or an ONNX graph."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.published import localize
+from jobs.quantization.config import ON_ONNXRUNTIME
 
 
 class Scorer(Protocol):
@@ -30,9 +31,9 @@ class Scorer(Protocol):
 
 
 def load_scorer(model: str, scheme: str, threads: int) -> Scorer:
-    """Loads a model directory by its scheme: `float`, `int8_weight_only` or `onnx_int8`."""
-    if scheme == "onnx_int8":
-        from jobs.quantization.onnx_int8 import OnnxScorer
+    """Loads a model directory by its scheme: `float`, or one of `jobs.quantization.config`."""
+    if scheme in ON_ONNXRUNTIME:
+        from jobs.quantization.onnx_scorer import OnnxScorer
 
         return OnnxScorer(localize(model), threads)
     from jobs.quantization.torch_scorer import TorchScorer

@@ -1,4 +1,4 @@
-"""Scoring with a torch model: float, or quantised by torchao."""
+"""Scoring with a torch model: float, or quantised by torchao or llm-compressor."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,10 +18,15 @@ class TorchScorer:
         torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = load_causal_lm(model).to(self.device)
-        self.parameters = self.model.num_parameters()
         self.max_tokens = context_tokens(self.model.config.get_text_config())
         self._body, self._head = split(self.model)
         self.vocab_size = self._head.vocab_size
+        # Behind the first forward pass, in which compressed-tensors unpacks what it holds.
+        self.parameters = sum(
+            parameter.numel()
+            for name, parameter in self.model.named_parameters()
+            if not name.endswith(("_scale", "_shape", "_zero_point", "_g_idx"))
+        )
 
     def score(self, batch: MicroBatch) -> TextScore:
         return score_text(self._body, self._head, batch, self.device)

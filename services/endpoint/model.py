@@ -270,13 +270,18 @@ _TEMPLATE_PARAMETERS = frozenset(
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
+_ONNX_SCHEMES = ("onnx_int8", "onnx_int4", "int4_qat")
+_TORCH_SCHEMES = ("int8_weight_only", "int8_dynamic", "compressed_tensors_w4a16")
+
+
 def _load_weights(directory: Path, scheme: str) -> Callable[[], _Sequence]:
     """A maker of empty sequences of the model in a directory."""
-    if scheme == "onnx_int8":
+    if scheme in _ONNX_SCHEMES:
         return _load_onnx(directory)
-    if scheme not in ("float", "int8_weight_only"):
-        raise ModelError(f"scheme {scheme!r} is not known here; known: float, int8_weight_only, onnx_int8")
-    if scheme == "int8_weight_only":
+    if scheme not in (*_TORCH_SCHEMES, "float"):
+        known = ", ".join(("float", *_TORCH_SCHEMES, *_ONNX_SCHEMES))
+        raise ModelError(f"scheme {scheme!r} is not known here; known: {known}")
+    if scheme.startswith("int8"):
         import torchao  # noqa: F401  # registers the tensor types that the file names
 
     from transformers import DynamicCache
@@ -317,7 +322,40 @@ def _load_onnx(directory: Path) -> Callable[[], _Sequence]:
         )
     except Exception as error:  # onnxruntime's own exceptions share no base class
         raise ModelError(f"model.onnx cannot be loaded ({str(error).splitlines()[0]})") from error
+    if any(item.name.startswith("past_key_values.") for item in session.get_inputs()):
+        return lambda: _CachedOnnxSequence(session)
     return lambda: _OnnxSequence(session, [])
+
+
+class _CachedOnnxSequence:
+    """A graph that keeps keys and values: each token is read once."""
+
+    def __init__(self, session: Any, cache: dict[str, Any] | None = None, read: int = 0) -> None:
+        import onnxruntime
+
+        self._session, self._read, self._value = session, read, onnxruntime.OrtValue.ortvalue_from_numpy
+        self._cache = cache or {
+            item.name: self._value(np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32))
+            for item in session.get_inputs()
+            if item.name.startswith("past_key_values.")
+        }
+
+    def extend(self, token_ids: list[int], last_only: bool) -> Tensor:
+        total = self._read + len(token_ids)
+        feed = {
+            "input_ids": np.asarray([token_ids], np.int64),
+            "position_ids": np.arange(self._read, total, dtype=np.int64)[None],
+            "attention_mask": np.ones((1, total), np.int64),
+        }
+        given = {name: self._value(value) for name, value in feed.items()} | self._cache
+        names = [item.name for item in self._session.get_outputs()]
+        logits_BTV, *present = self._session.run_with_ort_values(names, given)
+        self._cache, self._read = dict(zip(self._cache, present, strict=True)), total
+        logits_TV = torch.from_numpy(logits_BTV.numpy()[0])
+        return logits_TV[-1:] if last_only else logits_TV
+
+    def copy(self) -> "_CachedOnnxSequence":
+        return _CachedOnnxSequence(self._session, self._cache, self._read)  # values are replaced, never written to
 
 
 class _OnnxSequence:

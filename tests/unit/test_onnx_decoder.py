@@ -1,0 +1,149 @@
+"""The exported graph is the model: with and without cache, padded or packed; tied weights are stored once."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from cluster.errors import QuantizationFailed
+from jobs.quantization import onnx_decoder
+from jobs.quantization.onnx_decoder import Decoder, Reader, decoder_of, has_plain_cache
+from jobs.quantization.onnx_export import export
+from tests import tiny
+
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+TOLERANCE = 1e-4
+"""Of a logit, relative to the largest: float32 rounding through two layers."""
+
+
+class Graph:
+    """A float graph of a tiny model, and the model."""
+
+    def __init__(self, directory, family, **changes):
+        self.model = tiny.model(family, **changes)
+        self.exact = tiny.model(family, **changes)
+        export(decoder_of(self.model), directory, 0)
+        self.size = (directory / "model.onnx").stat().st_size
+        self.session = onnxruntime.InferenceSession(directory / "model.onnx", providers=["CPUExecutionProvider"])
+        self.inputs = {item.name: item.shape for item in self.session.get_inputs()}
+        self.outputs = [item.name for item in self.session.get_outputs()]
+
+    def run(self, token_ids, mask, positions, past=None):
+        rows = len(token_ids)
+        empty = {
+            name: np.zeros((rows, shape[1], 0, shape[3]), np.float32)
+            for name, shape in self.inputs.items()
+            if name.startswith("past")
+        }
+        feed = {"input_ids": token_ids, "attention_mask": mask, "position_ids": positions, **(past or empty)}
+        logits, *present = self.session.run(self.outputs, {name: np.asarray(value) for name, value in feed.items()})
+        return logits, dict(zip(empty, present, strict=True))
+
+    def logits_of(self, token_ids):
+        with torch.no_grad():
+            return self.exact(torch.from_numpy(np.asarray(token_ids))).logits.numpy()
+
+
+@pytest.fixture(scope="module", params=["llama_tied", "qwen", "gpt2"])
+def graph(request, tmp_path_factory):
+    changes = {} if request.param == "gpt2" else GROUPED
+    return Graph(tmp_path_factory.mktemp("graph"), request.param, **changes)
+
+
+def close(found, expected):
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def test_names_are_those_of_optimum(graph):
+    parts = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    named = [f"past_key_values.{part}" for part in parts]
+    assert list(graph.inputs) == ["input_ids", "attention_mask", "position_ids", *named]
+    assert graph.outputs == ["logits", *(f"present.{part}" for part in parts)]
+    for name in named:
+        rows, heads, past, width = graph.inputs[name]
+        assert (heads, width) == (2, 16)
+        assert isinstance(rows, str)
+        assert isinstance(past, str)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("cuts", [[9], [4, 9], [1, 2, 3, 9]], ids=str)
+def test_logits_are_those_of_the_model_however_the_text_is_cut(graph, rows, cuts):
+    token_ids = np.random.default_rng(0).integers(1, tiny.VOCABULARY, (rows, 9))
+    expected = graph.logits_of(token_ids)
+    found, past, start = [], None, 0
+    for end in cuts:
+        positions = np.tile(np.arange(start, end), (rows, 1))
+        logits, past = graph.run(token_ids[:, start:end], np.ones((rows, end), np.int64), positions, past)
+        found.append(logits)
+        start = end
+    close(np.concatenate(found, 1), expected)
+    assert all(value.shape == (rows, 2, 9, 16) for value in past.values())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sequences_of_different_lengths_share_a_batch_with_a_padded_cache(graph, side):
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(1, tiny.VOCABULARY, length) for length in (3, 7)]
+    pasts = [
+        graph.run(ids[None, :-1], np.ones((1, len(ids) - 1), np.int64), np.arange(len(ids) - 1)[None])[1]
+        for ids in texts
+    ]
+    longest = 6
+    together, mask = {}, np.ones((2, longest + 1), np.int64)
+    for name in pasts[0]:
+        together[name] = np.full((2, 2, longest, 16), 7.0, np.float32)  # what is there does not matter
+        for row, past in enumerate(pasts):
+            held = past[name].shape[2]
+            place = slice(longest - held, None) if side == "left" else slice(0, held)
+            together[name][row, :, place] = past[name][0]
+            mask[row, :longest] = 0
+            mask[row, :longest][place] = 1
+    last = np.array([[ids[-1]] for ids in texts])
+    positions = np.array([[len(ids) - 1] for ids in texts])
+    found, _ = graph.run(last, mask, positions, together)
+    for row, ids in enumerate(texts):
+        close(found[row, -1], graph.logits_of(ids[None])[0, -1])
+
+
+def test_numbered_sequences_in_a_row_do_not_see_each_other(graph):
+    rng = np.random.default_rng(2)
+    texts = [rng.integers(1, tiny.VOCABULARY, length) for length in (5, 4)]
+    row = np.concatenate([texts[0], [0], texts[1]])[None]
+    numbers = np.array([[1] * 5 + [0] + [2] * 4])
+    positions = np.concatenate([np.arange(5), [0], np.arange(4)])[None]
+    found, _ = graph.run(row, numbers, positions)
+    close(found[0, :5], graph.logits_of(texts[0][None])[0])
+    close(found[0, 6:], graph.logits_of(texts[1][None])[0])
+
+
+def test_tied_weights_are_stored_once(graph):
+    weights = 4 * graph.exact.num_parameters()  # which counts a tied embedding once
+    assert weights <= graph.size < weights + 200_000
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "plain"),
+    [
+        ("llama", {}, True),
+        ("gpt2", {}, True),
+        ("gemma2_soft_cap", {}, False),
+        ("qwen", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, False),
+    ],
+)
+def test_families_with_windows_are_exported_without_a_cache(family, changes, plain):
+    model = tiny.model(family, **changes)
+    assert has_plain_cache(model.config) == plain
+    assert isinstance(decoder_of(model), Decoder if plain else Reader)
+
+
+def test_a_family_that_computes_something_else_with_a_cache_is_refused(monkeypatch):
+    def shifted(*arguments, **keywords):
+        found, nothing = exact(*arguments, **keywords)
+        return 1.01 * found, nothing
+
+    exact = onnx_decoder.grouped_attention
+    monkeypatch.setattr(onnx_decoder, "grouped_attention", shifted)
+    with pytest.raises(QuantizationFailed, match=r"LlamaForCausalLM with a cache computes other logits"):
+        decoder_of(tiny.model("llama"))

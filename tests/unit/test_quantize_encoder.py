@@ -1,0 +1,143 @@
+"""Encoders and classifiers: every scheme that goes with them, beside labels, without a run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import typer
+from typer.testing import CliRunner
+
+from cluster.errors import ConfigError, CorpusError
+from jobs import quantize_encoder as job
+from jobs.evaluating.classification import classification_figures
+from jobs.quantization import int8_dynamic, int8_weight_only, onnx_int8
+from jobs.quantization.encoder_scorer import EncoderScorer
+from tests import tiny
+
+ROWS = [[5, 9, 11, 30, 2], [7, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
+MAKERS = {"int8_weight_only": int8_weight_only, "int8_dynamic": int8_dynamic, "onnx_int8": onnx_int8}
+
+
+def save_encoder(directory, family="bert", kind="AutoModelForSequenceClassification"):
+    """A random encoder whose outputs differ much from text to text, with the tiny tokenizer."""
+    special = {"dim": 64, "hidden_dim": 256, "n_layers": 2, "n_heads": 2} if family == "distilbert" else {}
+    config = transformers.AutoConfig.for_model(
+        family,
+        vocab_size=tiny.VOCABULARY,
+        num_labels=3,
+        pad_token_id=0,
+        **special
+        or {
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 130,
+        },
+    )
+    torch.manual_seed(1)
+    model = getattr(transformers, kind).from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(directory)
+    tiny.tokenizer(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "shape"),
+    [
+        ("bert", "AutoModelForSequenceClassification", (3, 3)),
+        ("distilbert", "AutoModel", (3, 11, 64)),
+        ("roberta", "AutoModelForMaskedLM", (3, 11, tiny.VOCABULARY)),
+    ],
+)
+def test_encoder_quantised_by_every_scheme_stays_near_float(tmp_path, family, kind, shape):
+    student = save_encoder(tmp_path / "m", family, kind)
+    exact = EncoderScorer(student, "float", 1).outputs(ROWS).numpy()
+    for scheme, maker in MAKERS.items():
+        maker.quantize(str(student), tmp_path / scheme)
+        found = EncoderScorer(tmp_path / scheme, scheme, 1).outputs(ROWS).numpy()
+        assert found.shape == exact.shape == shape
+        seen = [(slice(None),)] if len(shape) == 2 else [(row, slice(0, len(ids))) for row, ids in enumerate(ROWS)]
+        error = max(np.abs(found[place] - exact[place]).max() for place in seen)
+        assert 0 < error < 0.1 * np.abs(exact).max(), scheme
+
+
+def test_encoder_command_measures_each_scheme_in_a_fresh_process(tmp_path):
+    student = save_encoder(tmp_path / "m")
+    texts = tiny.sentences(40)
+    encoded = job._encode(str(student), texts)
+    logits = torch.cat([EncoderScorer(student, "float", 1).outputs([ids]) for ids in encoded])
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(student)
+    with torch.no_grad():
+        model.classifier.bias -= logits.mean(0)
+    model.save_pretrained(student)
+    labels = (logits - logits.mean(0)).argmax(1).tolist()  # what the float model says, which is not always the same
+    assert len(set(labels)) == 3
+    rows = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True)]
+    rows.write_text("\n".join(lines))
+    app = typer.Typer()
+    app.command()(job.main)
+    done = CliRunner().invoke(
+        app,
+        [str(student), str(tmp_path / "made"), "--rows", str(rows), "--scheme", "onnx_int8"],
+        catch_exceptions=False,
+    )
+    assert done.exit_code == 0
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"float", "onnx_int8"}
+    assert (found["float"]["accuracy"], found["float"]["macro_f1"], found["float"]["rows"]) == (1.0, 1.0, 40)
+    assert found["onnx_int8"]["accuracy"] >= 0.9
+    assert found["onnx_int8"]["reload_error"] == 0
+    assert found["onnx_int8"]["bytes"] < found["float"]["bytes"]
+    manifest = json.loads((tmp_path / "made/onnx_int8/manifest.json").read_text())
+    assert manifest["scheme"] == "onnx_int8"
+    assert {"model.onnx", "config.json", "tokenizer.json"} <= set(manifest["files"])
+
+
+def test_encoder_command_refuses_before_any_work(tmp_path):
+    decoder, encoder = tiny.save_model(tmp_path / "d"), save_encoder(tmp_path / "e")
+    with pytest.raises(ConfigError, match=r"llama that generates: quantise it with `raystill quantize`"):
+        job.quantize_encoder(str(decoder), tmp_path / "made", ["onnx_int8"], ["text"])
+    with pytest.raises(ConfigError, match=r"int4_qat, the student is a bert: .*next tokens"):
+        job.quantize_encoder(str(encoder), tmp_path / "made", ["onnx_int8", "int4_qat"], ["text"])
+    with pytest.raises(ConfigError, match=r"--scheme: schemes.0: found 'int3'"):
+        job.quantize_encoder(str(encoder), tmp_path / "made", ["int3"], ["text"])
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "words"),
+    [
+        (None, ("text", "label"), "cannot be read"),
+        ('{"text": "a", "label": 0}', ("sentence", "label"), "no column 'sentence'; found text, label"),
+        ('{"text": "a", "label": 1.5}', ("text", "label"), "label holds 1.5; expected whole numbers"),
+        ('{"text": "a", "label": -1}', ("text", "label"), "label holds -1"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named(tmp_path, content, columns, words):
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(CorpusError, match=words):
+        job.read_rows(path, *columns, 10)
+
+
+def test_classification_figures_are_those_of_counting():
+    logits = np.array([[2.0, 1, 0], [0, 2, 1], [0, 2, 1], [0, 0, 5], [9, 0, 0]])
+    figures = classification_figures(logits, np.array([0, 1, 2, 2, 1]))
+    # Label 0: precision 1/2, recall 1; label 1: 1/2, 1/2; label 2: 1, 1/2.
+    assert figures.accuracy == pytest.approx(3 / 5)
+    assert figures.macro_f1 == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
+    assert (figures.rows, figures.labels) == (5, 3)
+    for labels, words in (([0, 1], "for 2 labels"), ([0, 1, 2, 2, 3], "from 0 to 3"), ([0, 1, 2, 2, -1], "from -1")):
+        with pytest.raises(ValueError, match=words):
+            classification_figures(logits, np.array(labels))
+    with pytest.raises(ValueError, match="finite"):
+        classification_figures(np.full((1, 2), np.nan), np.array([0]))
