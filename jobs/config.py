@@ -124,7 +124,9 @@ class TrainConfig(Config):
     keep_checkpoints: int = execution(2, ge=1)
     """Besides the newest, and besides the one with the fewest held-out bits per byte."""
     max_failures: int = execution(3, ge=0)
-    """Restarts of the worker group before the run gives up."""
+    """Restarts of the worker group before the run gives up. Leaving machines that announce their end is none."""
+    notice_every: int = execution(5, ge=1)
+    """Steps between looking whether a machine of the group has announced its end."""
 
     @model_validator(mode="after")
     def _batch_covers_workers(self) -> Self:

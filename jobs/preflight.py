@@ -10,6 +10,8 @@ from typing import Any
 from cluster.champions import database_url, open_database
 from cluster.connection import Connection, check_address
 from cluster.errors import ConfigError, ModelError, PlacementError, UserError
+from cluster.placement import Demand, check_demands, cluster_nodes
+from cluster.pools import Pool, PoolsConfig, slot
 from cluster.pretrained import check_model, check_same_vocabulary, load_tokenizer, locate
 from cluster.resources import check_placement, logical_cpus, threads_each
 from cluster.storage import open_storage
@@ -37,7 +39,7 @@ def check_config(config: RunConfig) -> None:
         check_address(address)
     else:
         check_cpus(config, logical_cpus(config.cluster.num_cpus), "this machine")
-        if any(_wanted_gpus(config)):
+        if any(wanted_gpus(config)):
             import torch
 
             check_gpus(config, torch.cuda.device_count(), "this machine")
@@ -45,11 +47,41 @@ def check_config(config: RunConfig) -> None:
 
 def check_cluster(config: RunConfig, connection: Connection) -> None:
     """Checks against the cluster that is connected."""
-    if not connection.embedded:
-        import ray
+    if connection.embedded:
+        return
+    nodes = cluster_nodes()
 
-        check_cpus(config, connection.num_cpus, "the cluster")
-        check_gpus(config, ray.cluster_resources().get("GPU", 0), "the cluster")
+    def has(name: str) -> float:
+        return sum(node.resources.get(name, 0.0) * node.count for node in nodes)
+
+    check_cpus(config, max(connection.num_cpus, has("CPU")), "the cluster")
+    check_gpus(config, has("GPU"), "the cluster")
+    if connection.pools is not None and connection.num_cpus <= has("CPU"):  # else it grows further than is known here
+        for demands in placed_together(config, connection.pools):
+            check_demands(demands, nodes)
+
+
+def placed_together(config: RunConfig, pools: PoolsConfig) -> list[list[Demand]]:
+    """What each part of a run asks of a cluster with pools at the same time."""
+
+    def demand(role: str, pool: Pool, count: int, cpus: float, gpus: float) -> Demand:
+        resources = {"CPU": cpus, "GPU": gpus, slot(pool): 1.0}
+        taken = {name: amount for name, amount in resources.items() if amount}
+        return Demand(f"{role}={count}", count, taken, pools.labels(pool))
+
+    def of_train(place: str, train: TrainConfig, threads: int) -> Demand:
+        threads = train.threads_per_worker or threads
+        return demand(f"{place}.num_workers", "student", train.num_workers, threads, float(train.use_gpu))
+
+    teacher, threads = config.teacher, default_threads(config)
+    training = [of_train("train", config.train, threads)]
+    if teacher is not None and config.distils:
+        of_each = teacher.threads_per_replica or threads
+        training.append(demand("teacher.replicas", "teacher", teacher.replicas, of_each, teacher.num_gpus))
+    together = [training, [demand("serve.replicas", "endpoint", config.serve.replicas, 1, 0)]]
+    if teacher is not None and teacher.train is not None:
+        together.append([of_train("teacher.train", teacher.train, threads_each(teacher.train.num_workers))])
+    return together
 
 
 def check_cpus(config: RunConfig, available: float, where: str) -> None:
@@ -67,7 +99,7 @@ def check_cpus(config: RunConfig, available: float, where: str) -> None:
 
 def check_gpus(config: RunConfig, available: float, where: str) -> None:
     """Raises `PlacementError` if a stage would wait for GPUs for ever."""
-    for_train, for_teacher, for_teacher_train = _wanted_gpus(config)
+    for_train, for_teacher, for_teacher_train = wanted_gpus(config)
     if for_train + for_teacher > available:
         raise PlacementError(
             f"asked for {for_train:g} (train.use_gpu, one for each worker) + {for_teacher:g} (teacher.num_gpus, for "
@@ -80,7 +112,7 @@ def check_gpus(config: RunConfig, available: float, where: str) -> None:
         )
 
 
-def _wanted_gpus(config: RunConfig) -> tuple[float, float, float]:
+def wanted_gpus(config: RunConfig) -> tuple[float, float, float]:
     """GPUs for training, for the teacher replicas beside it, and for the training of the teacher before."""
     teacher, train = config.teacher, config.train
     of_teacher = teacher.train if teacher is not None else None
