@@ -7,10 +7,15 @@ not what is free, and would otherwise ask for more workers than can be placed be
 An embedded Ray has no pools.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
 
 from cluster.config import Config, execution
 
+Count = Annotated[int, Field(ge=1)]
+WorkerCount = Count | Annotated[tuple[Count, Count], AfterValidator(lambda pair: _ordered(pair))]
+"""So many workers, or as many between two numbers as there is room for at the time."""
 Pool = Literal["teacher", "student", "endpoint"]
 
 
@@ -23,6 +28,22 @@ class PoolsConfig(Config):
 
     def labels(self, pool: Pool) -> dict[str, str]:
         return dict(getattr(self, f"{pool}_labels"))
+
+
+def least(count: int | tuple[int, int]) -> int:
+    """How many workers there must be."""
+    return count if isinstance(count, int) else count[0]
+
+
+def most(count: int | tuple[int, int]) -> int:
+    """How many there may be."""
+    return count if isinstance(count, int) else count[1]
+
+
+def _ordered(pair: tuple[int, int]) -> tuple[int, int]:
+    if pair[0] >= pair[1]:
+        raise ValueError(f"found {list(pair)}; give the smaller number first, or one number")
+    return pair
 
 
 def slot(pool: Pool) -> str:

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from cluster.config import Config, execution
 from cluster.connection import ClusterConfig
 from cluster.names import NAME
+from cluster.pools import WorkerCount, most
 from services.endpoint.schema import EndpointConfig
 from services.teacher.signals import SignalKind
 
@@ -100,7 +101,8 @@ class TrainConfig(Config):
     """Rows in an optimiser step, over all workers and micro-batches."""
     micro_batch: int = execution(32, ge=1)
     """Rows in one forward and backward pass of one worker."""
-    num_workers: int = execution(1, ge=1)
+    num_workers: WorkerCount = execution(1)
+    """A number, or `[least, most]`: then the group grows and shrinks with the cluster; that needs `cluster.pools`."""
     threads_per_worker: int | None = execution(None, ge=1)
     """Default: the cores shared by workers and teacher replicas on this machine."""
     use_gpu: bool = execution(False)
@@ -130,9 +132,9 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _batch_covers_workers(self) -> Self:
-        if self.num_workers > self.global_batch:
+        if most(self.num_workers) > self.global_batch:
             raise ValueError(
-                f"num_workers={self.num_workers} is more than global_batch={self.global_batch}: "
+                f"num_workers={most(self.num_workers)} is more than global_batch={self.global_batch}: "
                 "some workers would never have a row; lower num_workers or raise global_batch"
             )
         return self

@@ -11,7 +11,7 @@ from cluster.champions import database_url, open_database
 from cluster.connection import Connection, check_address
 from cluster.errors import ConfigError, ModelError, PlacementError, UserError
 from cluster.placement import Demand, check_demands, cluster_nodes
-from cluster.pools import Pool, PoolsConfig, slot
+from cluster.pools import Pool, PoolsConfig, least, most, slot
 from cluster.pretrained import check_model, check_same_vocabulary, load_tokenizer, locate
 from cluster.resources import check_placement, logical_cpus, threads_each
 from cluster.storage import open_storage
@@ -31,6 +31,7 @@ def check_config(config: RunConfig) -> None:
     if config.data.sources:
         check_endings(find_sources(config.data.sources), config.data)
     read_questions(config.evaluate)
+    check_elastic(config)
     _check_models(config)
     if os.environ.get("RAYSTILL_DATABASE_URL"):  # else a file below the storage root, made when it is needed
         open_database(database_url(config.state_directory)).dispose()
@@ -43,6 +44,25 @@ def check_config(config: RunConfig) -> None:
             import torch
 
             check_gpus(config, torch.cuda.device_count(), "this machine")
+
+
+def check_elastic(config: RunConfig) -> None:
+    """Raises `ConfigError` where workers may come and go on nodes that are not theirs.
+
+    Ray counts what nodes hold in all: beside teachers on the same nodes it would ask for workers that have no room,
+    stop the group for them, and wait.
+    """
+    of_teacher = config.teacher.train if config.teacher is not None else None
+    for place, train in (("train", config.train), ("teacher.train", of_teacher)):
+        if train is None or isinstance(train.num_workers, int) or config.cluster.active_pools is not None:
+            continue
+        asked = f"{place}.num_workers={list(train.num_workers)}"
+        if config.cluster.pools is None:
+            raise ConfigError(
+                f"{asked}: workers that come and go need nodes of their own, else they are counted on those of the "
+                "teachers: set cluster.pools={} and start nodes with student_slot and teacher_slot, or give one number"
+            )
+        raise ConfigError(f"{asked}: a Ray on this machine does not grow: set cluster.address, or give one number")
 
 
 def check_cluster(config: RunConfig, connection: Connection) -> None:
@@ -71,7 +91,7 @@ def placed_together(config: RunConfig, pools: PoolsConfig) -> list[list[Demand]]
 
     def of_train(place: str, train: TrainConfig, threads: int) -> Demand:
         threads = train.threads_per_worker or threads
-        return demand(f"{place}.num_workers", "student", train.num_workers, threads, float(train.use_gpu))
+        return demand(f"{place}.num_workers", "student", least(train.num_workers), threads, float(train.use_gpu))
 
     teacher, threads = config.teacher, default_threads(config)
     training = [of_train("train", config.train, threads)]
@@ -80,7 +100,7 @@ def placed_together(config: RunConfig, pools: PoolsConfig) -> list[list[Demand]]
         training.append(demand("teacher.replicas", "teacher", teacher.replicas, of_each, teacher.num_gpus))
     together = [training, [demand("serve.replicas", "endpoint", config.serve.replicas, 1, 0)]]
     if teacher is not None and teacher.train is not None:
-        together.append([of_train("teacher.train", teacher.train, threads_each(teacher.train.num_workers))])
+        together.append([of_train("teacher.train", teacher.train, threads_each(most(teacher.train.num_workers)))])
     return together
 
 
@@ -93,7 +113,7 @@ def check_cpus(config: RunConfig, available: float, where: str) -> None:
     check_placement(wanted, available, where)
     if config.teacher is not None and config.teacher.train is not None:
         train = config.teacher.train
-        threads = train.threads_per_worker or threads_each(train.num_workers)
+        threads = train.threads_per_worker or threads_each(most(train.num_workers))
         check_placement(_wanted("teacher.train", train, threads), available, where)
 
 
@@ -117,14 +137,15 @@ def wanted_gpus(config: RunConfig) -> tuple[float, float, float]:
     teacher, train = config.teacher, config.train
     of_teacher = teacher.train if teacher is not None else None
     return (
-        train.num_workers if train.use_gpu else 0,
+        least(train.num_workers) if train.use_gpu else 0,
         teacher.replicas * teacher.num_gpus if teacher is not None and config.distils else 0,
-        of_teacher.num_workers if of_teacher is not None and of_teacher.use_gpu else 0,
+        least(of_teacher.num_workers) if of_teacher is not None and of_teacher.use_gpu else 0,
     )
 
 
 def _wanted(place: str, train: TrainConfig, threads: int) -> dict[str, float]:
-    return {f"{place}.num_workers={train.num_workers} x {threads} threads": train.num_workers * threads}
+    count = least(train.num_workers)
+    return {f"{place}.num_workers={count} x {threads} threads": count * threads}
 
 
 def _check_models(config: RunConfig) -> None:

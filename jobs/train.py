@@ -14,7 +14,7 @@ from typing import Any
 from cluster.config import fingerprint
 from cluster.connection import Connection
 from cluster.errors import ConfigError, NonFiniteLoss, TokenizerMismatch, TrainingFailed
-from cluster.pools import actor_options, slot
+from cluster.pools import actor_options, most, slot
 from cluster.resources import process_environment, threads_each
 from cluster.storage import open_storage
 from jobs.config import RunConfig, TeacherConfig
@@ -181,7 +181,7 @@ def teacher_service(
 def default_threads(run: RunConfig) -> int:
     """Threads of each worker and replica when both compute at the same time on one machine."""
     replicas = run.teacher.replicas if run.teacher is not None and run.distils else 0
-    return threads_each(run.train.num_workers + replicas)
+    return threads_each(most(run.train.num_workers) + replicas)
 
 
 @contextlib.contextmanager

@@ -4,11 +4,11 @@ import pytest
 import yaml
 
 from cluster.connection import ClusterConfig, Connection
-from cluster.errors import PlacementError
+from cluster.errors import ConfigError, PlacementError
 from cluster.placement import Demand, NodeShape, check_demands, growth
 from cluster.pools import PoolsConfig, actor_options
 from jobs.config import RunConfig
-from jobs.preflight import check_cluster, placed_together
+from jobs.preflight import check_cluster, check_elastic, placed_together
 
 TEACHERS = NodeShape({"CPU": 8, "GPU": 1, "teacher_slot": 1}, {"pool": "teacher"}, 3)
 STUDENTS = NodeShape({"CPU": 16, "student_slot": 2}, {}, 2)
@@ -113,3 +113,26 @@ def test_cluster_without_slots_is_refused_before_anything_starts(monkeypatch):
         check_cluster(made(), Connection(False, 64, None, PoolsConfig()))
     check_cluster(made(), Connection(False, 64, None, None))
     check_cluster(made(), Connection(False, 640, None, PoolsConfig()))  # cluster.num_cpus says that it grows
+
+
+def test_elastic_workers_need_pools_on_a_cluster():
+    elastic = {"steps": 10, "num_workers": [2, 6], "threads_per_worker": 1}
+    with pytest.raises(ConfigError, match=r"num_workers=\[2, 6\].*cluster\.pools=\{\}"):
+        check_elastic(made(train=elastic, cluster={"address": "head:6379"}))
+    with pytest.raises(ConfigError, match="does not grow"):
+        check_elastic(made(train=elastic, cluster={"pools": {}}))
+    config = made(train=elastic, cluster={"address": "head:6379", "pools": {}})
+    check_elastic(config)
+    check_elastic(made())
+    [students, _], _ = placed_together(config, config.cluster.pools)
+    assert students.count == 2, "the least must fit; more is for later"
+
+
+@pytest.mark.parametrize("count", [[4, 2], [3, 3], [0, 2], 0, [1, 2, 3], "many"])
+def test_elastic_worker_counts_that_mean_nothing_are_refused(count):
+    with pytest.raises(ValueError, match="num_workers"):
+        made(train={"steps": 10, "num_workers": count})
+
+
+def test_elastic_workers_change_nothing_that_decides_the_result():
+    assert made(train={"steps": 10, "num_workers": [1, 4]}).identity() == made(train={"steps": 10}).identity()
