@@ -58,6 +58,11 @@ class Connection:
     """Where replicas and workers go; None leaves it to Ray."""
 
 
+def in_a_job() -> bool:
+    """Whether this process was started by Ray's Jobs API: then its directory goes with the head's machine."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
 def check_address(address: str) -> None:
     """Raises `ClusterUnreachable` if nothing listens at `host:port`; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")

@@ -144,13 +144,11 @@ def add_cluster_commands(app: typer.Typer, guard: Guard, load: Load) -> None:
         def work() -> None:
             from rich.console import Console
 
+            from cluster.connection import connect, in_a_job
             from jobs.doctor import examine, examine_from_inside, line_of
-            from jobs.examining.ray_cluster import in_a_job
 
             loaded = None if config is None else load(config, overrides)
             if address is None and in_a_job() and loaded is not None:
-                from cluster.connection import connect
-
                 with connect(loaded.cluster):
                     typer.echo(json.dumps(examine_from_inside(loaded)))
                 return

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from cluster.config import fingerprint
+from cluster.connection import in_a_job
 from cluster.storage import LocalStorage, open_storage
 from cluster.submissions import Submissions
 from jobs.config import RunConfig
@@ -20,7 +21,7 @@ from jobs.examining.machine import (
     versions,
     wanted_versions,
 )
-from jobs.examining.ray_cluster import check_dashboard, check_same_ray, from_inside, in_a_job, nodes_report
+from jobs.examining.ray_cluster import check_dashboard, check_same_ray, from_inside, nodes_report
 from jobs.examining.services import (
     check_clock,
     check_database,

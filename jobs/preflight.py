@@ -8,13 +8,13 @@ import os
 from typing import Any
 
 from cluster.champions import database_url, open_database
-from cluster.connection import Connection, check_address
+from cluster.connection import Connection, check_address, in_a_job
 from cluster.errors import ConfigError, ModelError, PlacementError, UserError
 from cluster.placement import Demand, check_demands, cluster_nodes
 from cluster.pools import Pool, PoolsConfig, least, most, slot
 from cluster.pretrained import check_model, check_same_vocabulary, load_tokenizer, locate
 from cluster.resources import check_placement, logical_cpus, threads_each
-from cluster.storage import open_storage
+from cluster.storage import LocalStorage, open_storage
 from jobs.config import RunConfig, TrainConfig
 from jobs.corpus import check_endings, find_sources
 from jobs.evaluating.questions import read_questions
@@ -44,6 +44,18 @@ def check_config(config: RunConfig) -> None:
             import torch
 
             check_gpus(config, torch.cuda.device_count(), "this machine")
+
+
+def check_records(config: RunConfig) -> None:
+    """Raises `ConfigError` if a submitted job would keep the registry, or who is champion, in its own directory."""
+    if not in_a_job() or isinstance(open_storage(config.storage), LocalStorage):
+        return
+    missing = [name for name in ("MLFLOW_TRACKING_URI", "RAYSTILL_DATABASE_URL") if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)}: not set on the head, so a job's versions and champions would be in files that "
+            "go with its machine; set them where the nodes start Ray, or submit --command train"
+        )
 
 
 def check_elastic(config: RunConfig) -> None:

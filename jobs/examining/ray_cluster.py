@@ -4,7 +4,6 @@ Its nodes from inside: a job that has every node look at itself, with the rights
 """
 
 import json
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -118,8 +117,3 @@ def _status_without_token(url: str) -> int:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return int(error.code)
-
-
-def in_a_job() -> bool:
-    """Whether this process was started by Ray's Jobs API."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ

@@ -8,7 +8,7 @@ from cluster.errors import ConfigError, PlacementError
 from cluster.placement import Demand, NodeShape, check_demands, growth
 from cluster.pools import PoolsConfig, actor_options
 from jobs.config import RunConfig
-from jobs.preflight import check_cluster, check_elastic, placed_together
+from jobs.preflight import check_cluster, check_elastic, check_records, placed_together
 
 TEACHERS = NodeShape({"CPU": 8, "GPU": 1, "teacher_slot": 1}, {"pool": "teacher"}, 3)
 STUDENTS = NodeShape({"CPU": 16, "student_slot": 2}, {}, 2)
@@ -136,3 +136,18 @@ def test_elastic_worker_counts_that_mean_nothing_are_refused(count):
 
 def test_elastic_workers_change_nothing_that_decides_the_result():
     assert made(train={"steps": 10, "num_workers": [1, 4]}).identity() == made(train={"steps": 10}).identity()
+
+
+def test_records_of_a_job_must_not_lie_on_its_head(monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "RAYSTILL_DATABASE_URL", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    config = made(storage="s3://bucket/small")
+    check_records(config)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI and RAYSTILL_DATABASE_URL: not set on the head"):
+        check_records(config)
+    check_records(made(storage="/mnt/shared/small"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("RAYSTILL_DATABASE_URL", "postgresql://db/x")
+    check_records(config)
