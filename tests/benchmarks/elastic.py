@@ -3,8 +3,8 @@
 Seven raylets on this machine: a head, three teacher nodes, three student nodes; the run needs two of each, so that one
 of each is spare. `raystill submit` starts it; then a teacher node is killed, a student node gets EC2's notice (a local
 server imitates its metadata service, `raystill watch-spot` reads it) and is killed when the notice ends, and another
-student node is killed without a word. At the end the teachers must be gone. The same run without any of that says
-which rows, and what validation loss, are right.
+student node is killed without a word. At the end the teachers must be gone. The same training in this process, without
+Ray and without any of that, says which rows, and what validation loss, are right.
 
 Beside it the same three faults against a plain Ray Serve handle and a plain `TorchTrainer`, with Ray's defaults
 (`tests.benchmarks.plain_ray`). As root everything happens in network and process namespaces of its own.
@@ -27,11 +27,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
+from cluster.config import load
+from jobs.config import RunConfig
+from jobs.training.choice import choose_signal
+from jobs.training.loop import train
+from jobs.training.plan import TeacherAccess, TrainPlan
+from jobs.training.workers import Workers
+from services.teacher.model import TeacherModel
 from tests import tiny
 from tests.benchmarks.sides import arguments, show
 from tests.command_line import COMMAND, environment
+from tests.in_process_teacher import InProcessTeacher
 from tests.instance_metadata import Service
 from tests.ray_cluster import RayCluster, running, wait_until
 
@@ -39,7 +48,7 @@ TOKEN = "elastic-" + "0f" * 24
 NOTICE_S = 30
 BATCH = 8
 _INSIDE = "RAYSTILL_ELASTIC_INSIDE"
-_PATIENCE_S = 400.0
+_PATIENCE_S = 900.0
 
 
 class Watched:
@@ -166,16 +175,19 @@ def trained(
     faults(steps_seen)
     log = watched.raystill("logs", job, "--follow", cwd=directory).stdout
     print(re.sub(r"(?m)^", "    ", log), file=sys.stderr)
-    wait_until(lambda: watched.replicas() == 0, 120, "the teachers are gone")
+    wait_until(lambda: watched.replicas() == 0, 300, "the teachers are gone")
     last = steps_seen.all()[-1][0]
     stage = json.loads((directory / name / "summary.json").read_text())["stages"]["train"]
     return {**stage, "gone_s": time.time() - last}
 
 
-def story(watched: Watched, directory: Path, students: list[str], teachers: list[str], steps: int) -> dict[str, float]:
+def story(watched: Watched, directory: Path, teachers: list[str], steps: int) -> dict[str, float]:
     """The run with its faults, beside the run without them."""
-    unbroken = trained(watched, directory, "unbroken", steps, lambda seen: None)
     figures: dict[str, float] = {}
+
+    def found(name: str, value: float) -> None:
+        figures[name] = value
+        print(f"{name}: {value:.1f}", file=sys.stderr, flush=True)
 
     def at(seen: Steps, share: float) -> None:
         wait_until(lambda: seen.reached() >= share * steps, _PATIENCE_S, f"step {share * steps:.0f}")
@@ -184,12 +196,12 @@ def story(watched: Watched, directory: Path, students: list[str], teachers: list
         at(seen, 0.01)
         began = time.time()
         wait_until(lambda: watched.replicas() == 3, _PATIENCE_S, "a third teacher")
-        figures["scale_up_s"] = time.time() - began
+        found("scale_up_s", time.time() - began)
         at(seen, 0.25)
         when = time.time()
         watched.cluster.kill(next(node for node in watched.actors("ServeReplica:teacher") if node in teachers))
         at(seen, 0.4)
-        figures["teacher_kill_stall_s"] = seen.longest_pause_s(when, time.time())
+        found("teacher_kill_stall_s", seen.longest_pause_s(when, time.time()))
 
         leaving = watched.actors("RayTrainWorker")[-1]
         when = time.time()
@@ -200,17 +212,18 @@ def story(watched: Watched, directory: Path, students: list[str], teachers: list
             watched.cluster.kill(leaving)
         wait_until(lambda: seen.all()[-1][0] > left, _PATIENCE_S, "steps after the notice")
         at(seen, 0.6)
-        figures["drain_stall_s"] = seen.longest_pause_s(when, time.time())
-        figures["drain_steps_again"] = repeated(seen)
+        found("drain_stall_s", seen.longest_pause_s(when, time.time()))
+        found("drain_steps_again", repeated(seen))
         watched.cluster.add(num_cpus=1, resources={"student_slot": 1})
 
         at(seen, 0.7)
         when = time.time()
         watched.cluster.kill(watched.actors("RayTrainWorker")[-1])
         at(seen, 0.8)
-        figures["student_kill_recover_s"] = seen.beyond_s(when)
+        found("student_kill_recover_s", seen.beyond_s(when))
 
     broken = trained(watched, directory, "broken", steps, faults)
+    unbroken = without_ray(directory, steps)
     planned = steps * BATCH
     same = broken["rows_checksum"] == unbroken["rows_checksum"]
     final = [run["validation"][-1][1] for run in (unbroken, broken)]
@@ -221,6 +234,35 @@ def story(watched: Watched, directory: Path, students: list[str], teachers: list
         "loss_gap": abs(final[1] - final[0]) / final[0],
         "scale_to_zero_s": broken["gone_s"],
     }
+
+
+def without_ray(directory: Path, steps: int) -> dict[str, Any]:
+    """What the same training gives in this process."""
+    config = load(RunConfig, write_config(directory, directory / "broken", steps))
+    summary = json.loads((directory / "broken" / "summary.json").read_text())
+    assert config.teacher is not None
+    model = TeacherModel(str(config.teacher.model), "float32")
+    access = TeacherAccess(
+        app_name="none",
+        fingerprint="",
+        signal=choose_signal(config.distill, model.describe())[0],
+        attempt_timeout_s=1,
+        deadline_s=1,
+        window_bytes=1 << 20,
+    )
+    plan = TrainPlan(
+        storage=config.storage,
+        prefix="student/unbroken",
+        store=summary["stages"]["prepare"]["store"],
+        tokenizer=str(config.teacher.model),
+        student=config.student,
+        teacher_model=config.teacher.model,
+        teacher=access,
+        distill=config.distill,
+        train=config.train.replace(num_workers=1),
+        threads=1,
+    )
+    return train(plan, Workers(0, 1, torch.device("cpu")), InProcessTeacher(model), lambda step, metrics: None)
 
 
 def repeated(seen: Steps) -> int:
@@ -301,8 +343,9 @@ def main() -> None:
         with running(variables, num_cpus=2) as cluster:
             watched = Watched(cluster)
             teachers = [cluster.add(num_cpus=1, resources={"teacher_slot": 1}) for _ in range(3)]
-            students = [cluster.add(num_cpus=1, resources={"student_slot": 1}) for _ in range(3)]
-            result = story(watched, directory, students, teachers, steps)
+            for _ in range(3):
+                cluster.add(num_cpus=1, resources={"student_slot": 1})
+            result = story(watched, directory, teachers, steps)
         found: dict[str, dict[str, Any]] = {}
         with running(variables, num_cpus=2) as cluster:
             watched = Watched(cluster)
