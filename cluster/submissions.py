@@ -164,7 +164,7 @@ class Submissions:
         return asyncio.run(self._follow(job_id, write, say))
 
     async def _follow(self, job_id: str, write: Callable[[str], object], say: Callable[[str], object]) -> Job:
-        seen, lost_since = 0, None
+        seen, lost_since = _Seen(), None
         while True:
             try:
                 job = self.find(job_id)
@@ -176,9 +176,9 @@ class Submissions:
                 if lost_since is not None:
                     say("connected again")
                     lost_since = None
-                if job.has_ended and job.message and not seen and job.exit_code is None:
+                if job.has_ended and job.message and not seen.characters and job.exit_code is None:
                     return job  # it never began
-                seen = await self._tail(job_id, seen, write)
+                await self._tail(job_id, seen, write)
                 job = self.find(job_id)
                 if job is not None and job.has_ended:
                     return job
@@ -199,8 +199,8 @@ class Submissions:
                     ) from error
             await asyncio.sleep(1.0)
 
-    async def _tail(self, job_id: str, seen: int, write: Callable[[str], object]) -> int:
-        """Follows the log from its beginning, passing over the first `seen` characters; how many there are now."""
+    async def _tail(self, job_id: str, seen: "_Seen", write: Callable[[str], object]) -> None:
+        """Follows the log from its beginning, passing over what was seen."""
         stream = self._client.tail_job_logs(job_id)
         at, quiet_since = 0, time.monotonic()
         piece: asyncio.Future[str] | None = None
@@ -211,20 +211,20 @@ class Submissions:
                 if not piece.done():
                     self.find(job_id)  # raises if nobody is there any more
                     if time.monotonic() - quiet_since > _SILENCE_S:
-                        return seen
+                        return
                     continue
                 text = piece.result()
                 piece, quiet_since = None, time.monotonic()
-                fresh = text[max(0, seen - at) :]
+                fresh = text[max(0, seen.characters - at) :]
                 at += len(text)
                 if fresh:
                     try:
                         write(fresh)
                     except OSError as error:
                         raise _NobodyReads(error) from error
-                    seen = at
+                    seen.characters = at
         except StopAsyncIteration:
-            return seen
+            return
         finally:
             if piece is not None and not piece.done():
                 piece.cancel()
@@ -250,6 +250,13 @@ class Submissions:
         except RuntimeError as error:  # the SDK's own, for every other status
             first = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), "no reason")
             raise ClusterUnreachable(f"cluster {self.address} refused: {first.strip()[:400]}") from error
+
+
+@dataclass
+class _Seen:
+    """How much of a log was passed on, over all connections."""
+
+    characters: int = 0
 
 
 class _NobodyReads(Exception):

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+_START_S = 300
+"""For a node to appear; half a second is usual, and a machine with much other work takes minutes."""
 
 
 class RayCluster:
@@ -56,7 +58,8 @@ class RayCluster:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return dict(json.loads(line))
-        raise RuntimeError(f"the cluster ended; its logs are in {self.directory}")
+        said = Path(self.directory, "cluster.err").read_text()[-2000:]
+        raise RuntimeError(f"the cluster ended: {said}")
 
 
 @contextlib.contextmanager
@@ -71,15 +74,17 @@ def running(variables: dict[str, str] | None = None, **head: Any) -> Iterator[Ra
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})}
         environment.pop("RAY_ADDRESS", None)
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ray_cluster", directory, json.dumps(head)],
-            cwd=directory,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        environment["RAY_raylet_start_wait_time_s"] = str(_START_S)
+        with Path(directory, "cluster.err").open("w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.ray_cluster", directory, json.dumps(head)],
+                cwd=directory,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
         try:
             yield RayCluster(process, directory)
         finally:
@@ -101,15 +106,16 @@ def main() -> None:
     ray._private.utils.write_ray_address = lambda address, directory=None: None  # others on this host look there
     common = {"temp_dir": directory, "object_store_memory": 100 << 20}
     cluster = Cluster()
-    first = cluster.add_node(
-        include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=_free_port(), **common, **head
-    )
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port()}
+    first = cluster.add_node(wait=False, **dashboard, **common, **head)
+    cluster._wait_for_node(first, _START_S)
     nodes = {first.node_id: first}
     _answer({"address": cluster.address, "dashboard": f"http://{first.webui_url}", "node": first.node_id})
     for line in sys.stdin:
         order = json.loads(line)
         if "add" in order:
-            node = cluster.add_node(**common, **order["add"])
+            node = cluster.add_node(wait=False, **common, **order["add"])
+            cluster._wait_for_node(node, _START_S)
             nodes[node.node_id] = node
             _answer({"node": node.node_id})
         else:

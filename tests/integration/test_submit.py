@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.submissions import Submissions
 from tests import tiny
 from tests.command_line import COMMAND, environment, raystill
 from tests.ray_cluster import running, wait_until
@@ -59,7 +58,7 @@ def config(tmp_path):
 
 def call(cluster, *arguments, cwd, **options):
     address = ["--address", cluster.dashboard]
-    return raystill(*arguments, *address, cwd=cwd, env=options.pop("env", variables()), timeout=300, **options)
+    return raystill(*arguments, *address, cwd=cwd, env=options.pop("env", variables()), timeout=500, **options)
 
 
 def job_id_of(done):
@@ -111,7 +110,7 @@ def test_stop_waits_and_the_next_submission_goes_on_from_the_checkpoint(cluster,
     started = call(cluster, "submit", *long, "--detach", cwd=tmp_path)
     assert started.stdout.strip() == "long"
     checkpoints = tmp_path / "storage" / "student"
-    wait_until(lambda: list(checkpoints.glob("*/checkpoints/step-*/manifest.json")), 200, "a checkpoint")
+    wait_until(lambda: list(checkpoints.glob("*/checkpoints/step-*/manifest.json")), 500, "a checkpoint")
     stopped = call(cluster, "stop", "long", cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stderr
     assert "job long stopped" in stopped.stderr
@@ -154,28 +153,3 @@ def test_secrets_of_the_submitter_are_found_nowhere_in_the_cluster(cluster, conf
     holding = [str(path) for path in files if CANARY.encode() in path.read_bytes()]
     assert not holding
     assert not [str(path) for path in files if path.suffix == ".log" and TOKEN.encode() in path.read_bytes()]
-
-
-def test_follow_outlives_a_connection_that_breaks(cluster, config, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    jobs = Submissions(cluster.dashboard)
-    entrypoint = 'python -c "import time; [(print(n, flush=True), time.sleep(0.25)) for n in range(60)]"'
-    assert jobs.submit("counts", entrypoint, {})
-    wait_until(lambda: "5\n" in jobs.logs("counts"), 60, "the first lines")
-    real, broken = jobs._client.tail_job_logs, []
-
-    async def breaks(job_id):
-        async for text in real(job_id):
-            yield text
-            if "10\n" in text and not broken:
-                broken.append(job_id)
-                raise ConnectionResetError("cut")
-
-    monkeypatch.setattr(jobs._client, "tail_job_logs", breaks)
-    written, said = [], []
-    job = jobs.follow("counts", written.append, said.append)
-    assert job.status == "SUCCEEDED"
-    assert broken
-    numbers = [int(line) for line in "".join(written).splitlines() if line.isdecimal()]
-    assert numbers == list(range(60))
-    assert any("lost" in line for line in said)

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.config import load
 from cluster.errors import ClusterUnreachable, ConfigError, RunInProgress
-from cluster.submissions import Job, check_dashboard_address
+from cluster.submissions import Job, Submissions, check_dashboard_address
 from jobs.config import RunConfig
 from jobs.submit import (
     check_id,
@@ -229,6 +229,50 @@ def test_exit_code_is_that_of_the_command():
     assert exit_code(ended("STOPPED")) == 1
     assert how_it_ended(ended("FAILED", 2)) == "job x failed after 4 s with exit code 2"
     assert how_it_ended(ended("FAILED")).endswith("last reason")
+
+
+class Breaking:
+    """The SDK's own way to follow a log, over a connection that breaks after every piece."""
+
+    def __init__(self, text):
+        self.text, self.breaks = text, 0
+
+    async def tail_job_logs(self, job_id):
+        for start in range(0, len(self.text), 5):
+            yield self.text[start : start + 5]
+            if start // 5 >= self.breaks and self.breaks < 3:
+                self.breaks += 1
+                raise ConnectionResetError("cut")
+
+
+def followed(monkeypatch, client, find, patience_s=60.0):
+    async def at_once(seconds):
+        pass
+
+    monkeypatch.setattr("cluster.submissions.asyncio.sleep", at_once)
+    jobs = Submissions.__new__(Submissions)
+    jobs.address, jobs._patience_s, jobs._client, jobs.find = "http://head:8265", patience_s, client, find
+    written, said = [], []
+    return jobs.follow("x", written.append, said.append), "".join(written), said
+
+
+def test_follow_shows_each_line_once_however_often_the_connection_breaks(monkeypatch):
+    client = Breaking("one\ntwo\nthree\nfour\n")
+    states = iter(["RUNNING"] * 4 + ["SUCCEEDED"] * 9)
+    job, written, said = followed(monkeypatch, client, lambda job_id: Job("x", next(states), "", "", {}, 1.0, None, 0))
+    assert (job.status, written, client.breaks) == ("SUCCEEDED", client.text, 3)
+    assert sum("lost" in line for line in said) == 3
+
+
+def test_follow_of_a_head_that_was_replaced_or_is_gone_ends_and_says_how_to_go_on(monkeypatch):
+    with pytest.raises(ClusterUnreachable, match="has no job x: if its head was replaced, submit again"):
+        followed(monkeypatch, Breaking(""), lambda job_id: None)
+
+    def gone(job_id):
+        raise ClusterUnreachable("no dashboard answers")
+
+    with pytest.raises(ClusterUnreachable, match=r"has not answered.*submit again to a new one"):
+        followed(monkeypatch, Breaking(""), gone, patience_s=0.0)
 
 
 def test_address_is_completed_or_refused():
