@@ -92,7 +92,7 @@ def _fit(plan: TrainPlan, connection: Connection, board: Any, local: str) -> dic
     deadline_s = plan.teacher.deadline_s if plan.teacher else 0
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"plan": plan, "board": board},
+        train_loop_config={"plan": plan, "board": board, "notices": not connection.embedded},
         # While one worker waits for the teacher the others wait in a collective: it must outlast the deadline.
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=int(deadline_s) + 600),
         scaling_config=ScalingConfig(

@@ -128,7 +128,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         config["board"].report.remote(step, metrics)
 
     try:
-        return train(plan, workers, teacher, report, lambda: ray.train.get_preemption_info() is not None)
+        notice = (lambda: ray.train.get_preemption_info() is not None) if config["notices"] else None
+        return train(plan, workers, teacher, report, notice)
     finally:
         if teacher is not None:
             teacher.close()

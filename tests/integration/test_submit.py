@@ -153,3 +153,18 @@ def test_secrets_of_the_submitter_are_found_nowhere_in_the_cluster(cluster, conf
     holding = [str(path) for path in files if CANARY.encode() in path.read_bytes()]
     assert not holding
     assert not [str(path) for path in files if path.suffix == ".log" and TOKEN.encode() in path.read_bytes()]
+
+
+def test_doctor_looks_at_the_nodes_and_at_the_storage_from_there(cluster, config, tmp_path):
+    done = call(cluster, "doctor", config, "--json", cwd=tmp_path)
+    report = json.loads(done.stdout.strip().splitlines()[-1])
+    found = {(check["where"].split()[0], check["what"]): check for check in report["checks"]}
+    assert found["cluster", "authentication"]["status"] == "ok"
+    assert found["cluster", "ray"]["status"] == "ok"
+    assert found["node", "same versions"]["status"] == "ok", report
+    assert {("node", "disk"), ("node", "GPUs"), ("head", "storage"), ("head", "champions")} <= found.keys()
+    assert found["head", "storage"]["status"] == "ok"
+    assert done.returncode == (1 if report["failures"] else 0)
+    refused = call(cluster, "doctor", "--json", cwd=tmp_path, env=variables(RAY_AUTH_TOKEN="wrong" * 10))
+    assert refused.returncode == 1
+    assert "does not take the token" in refused.stdout
