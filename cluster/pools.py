@@ -25,6 +25,8 @@ class PoolsConfig(Config):
     teacher_labels: dict[str, str] = execution({})
     student_labels: dict[str, str] = execution({})
     endpoint_labels: dict[str, str] = execution({})
+    resize_every_s: float = execution(60, gt=0)
+    """How often an elastic worker group looks whether it may grow; growing goes back to the last checkpoint."""
 
     def labels(self, pool: Pool) -> dict[str, str]:
         return dict(getattr(self, f"{pool}_labels"))

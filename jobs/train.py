@@ -100,6 +100,7 @@ def _fit(plan: TrainPlan, connection: Connection, board: Any, local: str) -> dic
             use_gpu=config.use_gpu,
             resources_per_worker=resources,
             label_selector=labels or None,
+            elastic_resize_monitor_interval_s=connection.pools.resize_every_s if connection.pools is not None else 60,
         ),
         # Checkpoints are ours (jobs.training.checkpoint); Ray Train keeps only its own notes, under a fresh name.
         run_config=RunConfig(

@@ -288,6 +288,7 @@ EXECUTION = {
     "train.keep_checkpoints=7": "keep_checkpoints",
     "train.max_failures=7": "max_failures",
     "train.notice_every=7": "notice_every",
+    "cluster.pools.resize_every_s=7": "resize_every_s",
     "teacher.replicas=3": "replicas",
     "teacher.max_replicas=3": "max_replicas",
     "teacher.threads_per_replica=3": "threads_per_replica",
