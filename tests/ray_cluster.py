@@ -74,7 +74,6 @@ def running(variables: dict[str, str] | None = None, **head: Any) -> Iterator[Ra
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})}
         environment.pop("RAY_ADDRESS", None)
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
-        environment["RAY_raylet_start_wait_time_s"] = str(_START_S)
         with Path(directory, "cluster.err").open("w") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.ray_cluster", directory, json.dumps(head)],
@@ -104,6 +103,7 @@ def main() -> None:
 
     directory, head = sys.argv[1], json.loads(sys.argv[2])
     ray._private.utils.write_ray_address = lambda address, directory=None: None  # others on this host look there
+    ray._private.services.get_node = _patient(ray._private.services.get_node)
     common = {"temp_dir": directory, "object_store_memory": 100 << 20}
     cluster = Cluster()
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port()}
@@ -122,6 +122,22 @@ def main() -> None:
             cluster.remove_node(nodes.pop(order["kill"]), allow_graceful=False)
             _answer({"node": order["kill"]})
     cluster.shutdown()
+
+
+def _patient(get_node: Any) -> Any:
+    """Ray gives a node thirty seconds to appear."""
+
+    def get(*arguments: Any) -> Any:
+        end = time.monotonic() + _START_S
+        while True:
+            try:
+                return get_node(*arguments)
+            except RuntimeError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
+    return get
 
 
 def _answer(values: dict[str, Any]) -> None:
