@@ -3,9 +3,9 @@
 Six raylets on this machine: a head, two teacher nodes, three student nodes; the run begins with one teacher, grows to
 two, and has two students, so that one node of each kind can be lost. `raystill submit` starts it; then a teacher node
 is killed, a student node gets EC2's notice (a local server imitates its metadata service, `raystill watch-spot` reads
-it) and is killed when the notice ends, and another student node is killed without a word. At the end the teachers must
-be gone. The same training in this process, without Ray and without any of that, says which rows, and what validation loss,
-are right.
+it) and is killed when the notice ends, and another student node is killed without a word. At the end the teachers
+must be gone. The same training in this process, without Ray and without any of that, says which rows, and what
+validation loss, are right.
 
 Beside it the same three faults against a plain Ray Serve handle and a plain `TorchTrainer`, with Ray's defaults
 (`tests.benchmarks.plain_ray`). As root everything happens in network and process namespaces of its own.
