@@ -107,14 +107,14 @@ def main() -> None:
     common = {"temp_dir": directory, "object_store_memory": 100 << 20}
     cluster = Cluster()
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port()}
-    first = cluster.add_node(wait=False, **dashboard, **common, **head)
+    first = cluster.add_node(wait=False, **dashboard, **_agent_ports(), **common, **head)
     cluster._wait_for_node(first, _START_S)
     nodes = {first.node_id: first}
     _answer({"address": cluster.address, "dashboard": f"http://{first.webui_url}", "node": first.node_id})
     for line in sys.stdin:
         order = json.loads(line)
         if "add" in order:
-            node = cluster.add_node(wait=False, **common, **order["add"])
+            node = cluster.add_node(wait=False, **_agent_ports(), **common, **order["add"])
             cluster._wait_for_node(node, _START_S)
             nodes[node.node_id] = node
             _answer({"node": node.node_id})
@@ -122,6 +122,13 @@ def main() -> None:
             cluster.remove_node(nodes.pop(order["kill"]), allow_graceful=False)
             _answer({"node": order["kill"]})
     cluster.shutdown()
+
+
+def _agent_ports() -> dict[str, int]:
+    """Ports of a node's agents. Left to Ray, one is the same for every cluster of the host (and a head without its agent
+    takes no jobs), and a raylet gives up when an agent has not found its own in time."""
+    names = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
+    return {name: _free_port() for name in names}
 
 
 def _patient(get_node: Any) -> Any:
