@@ -125,8 +125,8 @@ def main() -> None:
 
 
 def _agent_ports() -> dict[str, int]:
-    """Ports of a node's agents. Left to Ray, one is the same for every cluster of the host (and a head without its agent
-    takes no jobs), and a raylet gives up when an agent has not found its own in time."""
+    """Ports of a node's agents. Left to Ray, one is the same for every cluster of the host (and a head without its
+    agent takes no jobs), and a raylet gives up when an agent has not found its own in time."""
     names = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
     return {name: _free_port() for name in names}
 
