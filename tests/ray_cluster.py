@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-_START_S = 300
-"""For a node to appear; half a second is usual, and a machine with much other work takes minutes."""
+_TRIES = 5
+"""Times that a node is started: a raylet whose agents take longer than fifteen seconds to begin gives up, which happens on a
+machine with much other work."""
 
 
 class RayCluster:
@@ -103,19 +104,16 @@ def main() -> None:
 
     directory, head = sys.argv[1], json.loads(sys.argv[2])
     ray._private.utils.write_ray_address = lambda address, directory=None: None  # others on this host look there
-    ray._private.services.get_node = _patient(ray._private.services.get_node)
     common = {"temp_dir": directory, "object_store_memory": 100 << 20}
     cluster = Cluster()
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port()}
-    first = cluster.add_node(wait=False, **dashboard, **_agent_ports(), **common, **head)
-    cluster._wait_for_node(first, _START_S)
+    first = _added(cluster, **dashboard, **common, **head)
     nodes = {first.node_id: first}
     _answer({"address": cluster.address, "dashboard": f"http://{first.webui_url}", "node": first.node_id})
     for line in sys.stdin:
         order = json.loads(line)
         if "add" in order:
-            node = cluster.add_node(wait=False, **_agent_ports(), **common, **order["add"])
-            cluster._wait_for_node(node, _START_S)
+            node = _added(cluster, **common, **order["add"])
             nodes[node.node_id] = node
             _answer({"node": node.node_id})
         else:
@@ -131,20 +129,15 @@ def _agent_ports() -> dict[str, int]:
     return {name: _free_port() for name in names}
 
 
-def _patient(get_node: Any) -> Any:
-    """Ray gives a node thirty seconds to appear."""
-
-    def get(*arguments: Any) -> Any:
-        end = time.monotonic() + _START_S
-        while True:
-            try:
-                return get_node(*arguments)
-            except RuntimeError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.1)
-
-    return get
+def _added(cluster: Any, **arguments: Any) -> Any:
+    """A node that is there."""
+    for left in reversed(range(_TRIES)):
+        try:
+            return cluster.add_node(**_agent_ports(), **arguments)
+        except Exception:  # Ray raises that very class
+            if not left:
+                raise
+    raise AssertionError("not reached")
 
 
 def _answer(values: dict[str, Any]) -> None:
