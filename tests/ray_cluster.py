@@ -22,8 +22,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 _TRIES = 5
-"""Times that a node is started: a raylet whose agents take longer than fifteen seconds to begin gives up, which happens on a
-machine with much other work."""
+"""Times that a node is started: a raylet gives up whose agents take longer than fifteen seconds to begin, as they do on
+a machine with much other work."""
 
 
 class RayCluster:
