@@ -106,7 +106,7 @@ def main() -> None:
     ray._private.utils.write_ray_address = lambda address, directory=None: None  # others on this host look there
     common = {"temp_dir": directory, "object_store_memory": 100 << 20}
     cluster = Cluster()
-    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port()}
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
     first = _added(cluster, **dashboard, **common, **head)
     nodes = {first.node_id: first}
     _answer({"address": cluster.address, "dashboard": f"http://{first.webui_url}", "node": first.node_id})
@@ -125,7 +125,13 @@ def main() -> None:
 def _agent_ports() -> dict[str, int]:
     """Ports of a node's agents. Left to Ray, one is the same for every cluster of the host (and a head without its
     agent takes no jobs), and a raylet gives up when an agent has not found its own in time."""
-    names = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
+    names = (
+        "dashboard_port",
+        "dashboard_agent_listen_port",
+        "metrics_agent_port",
+        "metrics_export_port",
+        "runtime_env_agent_port",
+    )
     return {name: _free_port() for name in names}
 
 
