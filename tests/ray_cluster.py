@@ -123,8 +123,8 @@ def main() -> None:
 
 
 def _agent_ports() -> dict[str, int]:
-    """Ports of a node's dashboard and agents. Left to Ray, one is the same for every cluster of the host (and a head without its
-    agent takes no jobs), and a raylet gives up when an agent has not found its own in time."""
+    """Ports of a node's dashboard and agents. Left to Ray, one is the same for every cluster of the host, and a head
+    without its agent takes no jobs."""
     agents = ("dashboard_agent_listen", "metrics_agent", "metrics_export", "runtime_env_agent")
     return {f"{name}_port": _free_port() for name in ("dashboard", *agents)}
 
