@@ -19,6 +19,7 @@ from pathlib import Path
 from cluster.config import Config, execution
 from cluster.errors import ClusterUnreachable
 from cluster.interrupts import raise_on_signals
+from cluster.pools import PoolsConfig
 from cluster.resources import logical_cpus, process_environment
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,14 @@ class ClusterConfig(Config):
     address, how far it may grow (default: what it has now)."""
     object_store_mb: int = execution(512, ge=80)
     """Shared memory of an embedded Ray, in MiB."""
+    pools: PoolsConfig | None = execution(None)
+    """On a cluster at an address: `{}` places teachers, students and endpoint on nodes with `teacher_slot`,
+    `student_slot` and `endpoint_slot`, one for each replica or worker."""
+
+    @property
+    def active_pools(self) -> PoolsConfig | None:
+        """The pools, unless the Ray is embedded."""
+        return self.pools if self.resolved_address() else None
 
     def resolved_address(self) -> str | None:
         return self.address or os.environ.get("RAY_ADDRESS") or None
@@ -45,6 +54,13 @@ class Connection:
     num_cpus: float
     logs: str | None
     """Directory with the logs of all processes of an embedded Ray."""
+    pools: PoolsConfig | None = None
+    """Where replicas and workers go; None leaves it to Ray."""
+
+
+def in_a_job() -> bool:
+    """Whether this process was started by Ray's Jobs API: then its directory goes with the head's machine."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def check_address(address: str) -> None:
@@ -107,7 +123,8 @@ def connect(config: ClusterConfig) -> Iterator[Connection]:
             ) from error
         raise_on_signals()
         try:
-            yield Connection(False, max(ray.cluster_resources().get("CPU", 0), config.num_cpus or 0), None)
+            num_cpus = max(ray.cluster_resources().get("CPU", 0), config.num_cpus or 0)
+            yield Connection(False, num_cpus, None, config.pools)
         finally:
             ray.shutdown()
         return

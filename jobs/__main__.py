@@ -17,6 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.commands_cluster import add_cluster_commands
+
 app = typer.Typer(
     name="raystill",
     help="Turns a large model into a small one on a Ray cluster and keeps the small one in service.",
@@ -371,6 +373,9 @@ def _guard(work: Any, as_json: bool) -> None:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+add_cluster_commands(app, _guard, _load)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from cluster.config import Config, execution
 from cluster.connection import ClusterConfig
 from cluster.names import NAME
+from cluster.pools import WorkerCount, most
 from jobs.quantization.config import QuantizationScheme, QuantizeConfig
 from services.endpoint.schema import EndpointConfig
 from services.teacher.signals import SignalKind
@@ -101,12 +102,11 @@ class TrainConfig(Config):
     """Rows in an optimiser step, over all workers and micro-batches."""
     micro_batch: int = execution(32, ge=1)
     """Rows in one forward and backward pass of one worker."""
-    num_workers: int = execution(1, ge=1)
+    num_workers: WorkerCount = execution(1)
+    """A number, or `[least, most]`: then the group grows and shrinks with the cluster; that needs `cluster.pools`."""
     threads_per_worker: int | None = execution(None, ge=1)
     """Default: the cores shared by workers and teacher replicas on this machine."""
     use_gpu: bool = execution(False)
-    node_labels: dict[str, str] | None = execution(None)
-    """Ray labels of the nodes that workers may run on, such as {pool: student}; default: any node."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak rate, reached after the warm-up; then a cosine down to `final_rate` times it."""
     final_rate: float = Field(0.1, ge=0, le=1)
@@ -127,13 +127,15 @@ class TrainConfig(Config):
     keep_checkpoints: int = execution(2, ge=1)
     """Besides the newest, and besides the one with the fewest held-out bits per byte."""
     max_failures: int = execution(3, ge=0)
-    """Restarts of the worker group before the run gives up."""
+    """Restarts of the worker group before the run gives up. Leaving machines that announce their end is none."""
+    notice_every: int = execution(5, ge=1)
+    """Steps between looking whether a machine of the group has announced its end."""
 
     @model_validator(mode="after")
     def _batch_covers_workers(self) -> Self:
-        if self.num_workers > self.global_batch:
+        if most(self.num_workers) > self.global_batch:
             raise ValueError(
-                f"num_workers={self.num_workers} is more than global_batch={self.global_batch}: "
+                f"num_workers={most(self.num_workers)} is more than global_batch={self.global_batch}: "
                 "some workers would never have a row; lower num_workers or raise global_batch"
             )
         return self
@@ -154,8 +156,6 @@ class TeacherConfig(Config):
     """Autoscale up to this many replicas on waiting requests; default: no more than `replicas`."""
     threads_per_replica: int | None = execution(None, ge=1)
     num_gpus: float = execution(0, ge=0)
-    node_labels: dict[str, str] | None = execution(None)
-    """Ray labels of the nodes that replicas may run on, such as {pool: teacher}; default: any node."""
     max_batch_tokens: int = execution(16384, ge=1)
     """Waiting requests are merged up to this many tokens."""
     attempt_timeout_s: float = execution(60, gt=0)

@@ -8,11 +8,13 @@ import os
 from typing import Any
 
 from cluster.champions import database_url, open_database
-from cluster.connection import Connection, check_address
+from cluster.connection import Connection, check_address, in_a_job
 from cluster.errors import ConfigError, ModelError, PlacementError, UserError
+from cluster.placement import Demand, check_demands, cluster_nodes
+from cluster.pools import Pool, PoolsConfig, least, most, slot
 from cluster.pretrained import check_model, check_same_vocabulary, load_tokenizer, locate
 from cluster.resources import check_placement, logical_cpus, threads_each
-from cluster.storage import open_storage
+from cluster.storage import LocalStorage, open_storage
 from jobs.config import RunConfig, TrainConfig
 from jobs.corpus import check_endings, find_sources
 from jobs.evaluating.questions import read_questions
@@ -30,6 +32,7 @@ def check_config(config: RunConfig) -> None:
     if config.data.sources:
         check_endings(find_sources(config.data.sources), config.data)
     read_questions(config.evaluate)
+    check_elastic(config)
     _check_models(config)
     if os.environ.get("RAYSTILL_DATABASE_URL"):  # else a file below the storage root, made when it is needed
         open_database(database_url(config.state_directory)).dispose()
@@ -38,19 +41,80 @@ def check_config(config: RunConfig) -> None:
         check_address(address)
     else:
         check_cpus(config, logical_cpus(config.cluster.num_cpus), "this machine")
-        if any(_wanted_gpus(config)):
+        if any(wanted_gpus(config)):
             import torch
 
             check_gpus(config, torch.cuda.device_count(), "this machine")
 
 
+def check_records(config: RunConfig) -> None:
+    """Raises `ConfigError` if a submitted job would keep the registry, or who is champion, in its own directory."""
+    if not in_a_job() or isinstance(open_storage(config.storage), LocalStorage):
+        return
+    missing = [name for name in ("MLFLOW_TRACKING_URI", "RAYSTILL_DATABASE_URL") if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)}: not set on the head, so a job's versions and champions would be in files that "
+            "go with its machine; set them where the nodes start Ray, or submit --command train"
+        )
+
+
+def check_elastic(config: RunConfig) -> None:
+    """Raises `ConfigError` where workers may come and go on nodes that are not theirs.
+
+    Ray counts what nodes hold in all: beside teachers on the same nodes it would ask for workers that have no room,
+    stop the group for them, and wait.
+    """
+    of_teacher = config.teacher.train if config.teacher is not None else None
+    for place, train in (("train", config.train), ("teacher.train", of_teacher)):
+        if train is None or isinstance(train.num_workers, int) or config.cluster.active_pools is not None:
+            continue
+        asked = f"{place}.num_workers={list(train.num_workers)}"
+        if config.cluster.pools is None:
+            raise ConfigError(
+                f"{asked}: workers that come and go need nodes of their own, else they are counted on those of the "
+                "teachers: set cluster.pools={} and start nodes with student_slot and teacher_slot, or give one number"
+            )
+        raise ConfigError(f"{asked}: a Ray on this machine does not grow: set cluster.address, or give one number")
+
+
 def check_cluster(config: RunConfig, connection: Connection) -> None:
     """Checks against the cluster that is connected."""
-    if not connection.embedded:
-        import ray
+    if connection.embedded:
+        return
+    nodes = cluster_nodes()
 
-        check_cpus(config, connection.num_cpus, "the cluster")
-        check_gpus(config, ray.cluster_resources().get("GPU", 0), "the cluster")
+    def has(name: str) -> float:
+        return sum(node.resources.get(name, 0.0) * node.count for node in nodes)
+
+    check_cpus(config, max(connection.num_cpus, has("CPU")), "the cluster")
+    check_gpus(config, has("GPU"), "the cluster")
+    if connection.pools is not None and connection.num_cpus <= has("CPU"):  # else it grows further than is known here
+        for demands in placed_together(config, connection.pools):
+            check_demands(demands, nodes)
+
+
+def placed_together(config: RunConfig, pools: PoolsConfig) -> list[list[Demand]]:
+    """What each part of a run asks of a cluster with pools at the same time."""
+
+    def demand(role: str, pool: Pool, count: int, cpus: float, gpus: float) -> Demand:
+        resources = {"CPU": cpus, "GPU": gpus, slot(pool): 1.0}
+        taken = {name: amount for name, amount in resources.items() if amount}
+        return Demand(f"{role}={count}", count, taken, pools.labels(pool))
+
+    def of_train(place: str, train: TrainConfig, threads: int) -> Demand:
+        threads = train.threads_per_worker or threads
+        return demand(f"{place}.num_workers", "student", least(train.num_workers), threads, float(train.use_gpu))
+
+    teacher, threads = config.teacher, default_threads(config)
+    training = [of_train("train", config.train, threads)]
+    if teacher is not None and config.distils:
+        of_each = teacher.threads_per_replica or threads
+        training.append(demand("teacher.replicas", "teacher", teacher.replicas, of_each, teacher.num_gpus))
+    together = [training, [demand("serve.replicas", "endpoint", config.serve.replicas, 1, 0)]]
+    if teacher is not None and teacher.train is not None:
+        together.append([of_train("teacher.train", teacher.train, threads_each(most(teacher.train.num_workers)))])
+    return together
 
 
 def check_cpus(config: RunConfig, available: float, where: str) -> None:
@@ -62,13 +126,13 @@ def check_cpus(config: RunConfig, available: float, where: str) -> None:
     check_placement(wanted, available, where)
     if config.teacher is not None and config.teacher.train is not None:
         train = config.teacher.train
-        threads = train.threads_per_worker or threads_each(train.num_workers)
+        threads = train.threads_per_worker or threads_each(most(train.num_workers))
         check_placement(_wanted("teacher.train", train, threads), available, where)
 
 
 def check_gpus(config: RunConfig, available: float, where: str) -> None:
     """Raises `PlacementError` if a stage would wait for GPUs for ever."""
-    for_train, for_teacher, for_teacher_train = _wanted_gpus(config)
+    for_train, for_teacher, for_teacher_train = wanted_gpus(config)
     if for_train + for_teacher > available:
         raise PlacementError(
             f"asked for {for_train:g} (train.use_gpu, one for each worker) + {for_teacher:g} (teacher.num_gpus, for "
@@ -81,19 +145,20 @@ def check_gpus(config: RunConfig, available: float, where: str) -> None:
         )
 
 
-def _wanted_gpus(config: RunConfig) -> tuple[float, float, float]:
+def wanted_gpus(config: RunConfig) -> tuple[float, float, float]:
     """GPUs for training, for the teacher replicas beside it, and for the training of the teacher before."""
     teacher, train = config.teacher, config.train
     of_teacher = teacher.train if teacher is not None else None
     return (
-        train.num_workers if train.use_gpu else 0,
+        least(train.num_workers) if train.use_gpu else 0,
         teacher.replicas * teacher.num_gpus if teacher is not None and config.distils else 0,
-        of_teacher.num_workers if of_teacher is not None and of_teacher.use_gpu else 0,
+        least(of_teacher.num_workers) if of_teacher is not None and of_teacher.use_gpu else 0,
     )
 
 
 def _wanted(place: str, train: TrainConfig, threads: int) -> dict[str, float]:
-    return {f"{place}.num_workers={train.num_workers} x {threads} threads": train.num_workers * threads}
+    count = least(train.num_workers)
+    return {f"{place}.num_workers={count} x {threads} threads": count * threads}
 
 
 def _check_models(config: RunConfig) -> None:

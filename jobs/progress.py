@@ -139,7 +139,9 @@ class Board:
 
 
 def start_board() -> Any:
-    """The board as a Ray actor that needs no CPU slot."""
+    """The board as a Ray actor that needs no CPU slot, on the driver's own node: others may be taken away."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return ray.remote(num_cpus=0)(Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()

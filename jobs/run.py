@@ -22,7 +22,7 @@ from jobs.config import RunConfig
 from jobs.crowning import settle
 from jobs.ledger import SUMMARY, Ledger, StageRecord
 from jobs.lock import only_one
-from jobs.preflight import check_cluster, check_config, check_shapes
+from jobs.preflight import check_cluster, check_config, check_records, check_shapes
 from jobs.progress import ConsoleProgress
 from jobs.stage import Run, Stage
 from jobs.stages import ALL_STAGES
@@ -67,6 +67,8 @@ def run(
     answers = any(stage.name == "serve" for stage in pending)
     if answers and not config.cluster.resolved_address():  # a cluster may have a Serve there, for us to use
         check_port_free(config.serve.host, config.serve.port)
+    if any(stage.name in ("register", "promote") for stage in pending):
+        check_records(config)
     if any(stage.name in ("teacher", "train") for stage in pending):
         check_shapes(config)
     with contextlib.ExitStack() as stack:

@@ -13,6 +13,7 @@ from typing import Any
 from cluster.champions import database_url, find_champion
 from cluster.config import fingerprint
 from cluster.errors import CorruptArtifact, UserError
+from cluster.pools import most
 from cluster.pretrained import load_tokenizer, locate, model_fingerprint
 from cluster.published import publish_directory, read_manifest
 from cluster.resources import physical_cores, threads_each
@@ -179,7 +180,7 @@ def _teacher(run: Run, bar: Bar) -> Output:
         teacher=None,
         distill=DistillConfig(alpha=1.0),
         train=teacher.train,
-        threads=teacher.train.threads_per_worker or threads_each(teacher.train.num_workers),
+        threads=teacher.train.threads_per_worker or threads_each(most(teacher.train.num_workers)),
     )
     return run_training(plan, run.cluster, bar, run.track("teacher/"))
 

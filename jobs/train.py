@@ -14,8 +14,9 @@ from typing import Any
 from cluster.config import fingerprint
 from cluster.connection import Connection
 from cluster.errors import ConfigError, NonFiniteLoss, TokenizerMismatch, TrainingFailed
+from cluster.pools import actor_options, most, slot
 from cluster.resources import process_environment, threads_each
-from cluster.storage import LocalStorage, open_storage
+from cluster.storage import open_storage
 from jobs.config import RunConfig, TeacherConfig
 from jobs.progress import Bar, start_board
 from jobs.training.choice import choose_signal
@@ -38,45 +39,15 @@ def run_training(plan: TrainPlan, connection: Connection, bar: Bar, on_step: OnS
         NonFiniteLoss: names the rows of the batch.
         TrainingFailed: the workers failed more often than `train.max_failures`.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from jobs.training.loop import train_worker
-
-    config = plan.train
     board = start_board()
-    resources = {"CPU": plan.threads}
-    with tempfile.TemporaryDirectory(prefix="raystill-train-") as local, _following(board, config.steps, bar, on_step):
-        storage = open_storage(plan.storage)
-        shared = local if connection.embedded or isinstance(storage, LocalStorage) else f"{storage.uri}/ray_train"
-        deadline_s = plan.teacher.deadline_s if plan.teacher else 0
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={"plan": plan, "board": board},
-            # While one worker waits for the teacher the others wait in a collective: it must outlast the deadline.
-            torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=int(deadline_s) + 600),
-            scaling_config=ScalingConfig(
-                num_workers=config.num_workers,
-                use_gpu=config.use_gpu,
-                resources_per_worker=resources,
-                label_selector=config.node_labels,
-            ),
-            # Checkpoints are ours (jobs.training.checkpoint); Ray Train keeps only its own notes, under a fresh name.
-            run_config=RunConfig(
-                name=f"raystill-{uuid.uuid4().hex[:8]}",
-                storage_path=shared,
-                failure_config=FailureConfig(max_failures=config.max_failures),
-                worker_runtime_env={"env_vars": process_environment()} if not connection.embedded else None,
-            ),
-        )
-        # Ray Train's own handler for Ctrl-C would stay for good, and end the process with exit code 0.
-        trainer._register_sigint_handler = lambda controller: None
-        try:
-            outcome = trainer.fit().return_value
-        except Exception as error:
-            raise TrainingFailed(f"training {plan.prefix} stopped: {_root_message(error)}") from error
-    if outcome is None:
-        raise TrainingFailed(f"training {plan.prefix} ended without a result; see the workers' logs")
+    with (
+        tempfile.TemporaryDirectory(prefix="raystill-train-") as local,
+        _following(board, plan.train.steps, bar, on_step),
+    ):
+        outcome = _fit(plan, connection, board, local)
+        while outcome["status"] == "preempted":
+            bar.say(f"a machine announced its end at step {outcome['step']}: going on elsewhere")
+            outcome = _fit(plan, connection, board, local)
     if outcome["status"] == "non_finite":
         raise NonFiniteLoss(outcome["message"])
     seconds = outcome["train_s"]
@@ -102,6 +73,58 @@ def run_training(plan: TrainPlan, connection: Connection, bar: Bar, on_step: OnS
     }
 
 
+def _fit(plan: TrainPlan, connection: Connection, board: Any, local: str) -> dict[str, Any]:
+    """One life of a worker group and its restarts, until training ended or left machines that are taken away."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from jobs.training.loop import train_worker
+
+    config = plan.train
+    resources: dict[str, float] = {"CPU": plan.threads}
+    labels: dict[str, str] = {}
+    if connection.pools is not None:
+        resources[slot("student")] = 1
+        labels = connection.pools.labels("student")
+    name = f"raystill-{uuid.uuid4().hex[:8]}"
+    storage = open_storage(plan.storage)
+    notes = local if connection.embedded else f"{storage.uri}/ray_train"
+    deadline_s = plan.teacher.deadline_s if plan.teacher else 0
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"plan": plan, "board": board, "notices": not connection.embedded},
+        # While one worker waits for the teacher the others wait in a collective: it must outlast the deadline.
+        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=int(deadline_s) + 600),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker=resources,
+            label_selector=labels or None,
+            elastic_resize_monitor_interval_s=connection.pools.resize_every_s if connection.pools is not None else 60,
+        ),
+        # Checkpoints are ours (jobs.training.checkpoint); Ray Train keeps only its own notes, under a fresh name.
+        run_config=RunConfig(
+            name=name,
+            storage_path=notes,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            worker_runtime_env={"env_vars": process_environment()} if not connection.embedded else None,
+        ),
+    )
+    # Ray Train's own handler for Ctrl-C would stay for good, and end the process with exit code 0.
+    trainer._register_sigint_handler = lambda controller: None
+    try:
+        outcome = trainer.fit().return_value
+    except Exception as error:
+        raise TrainingFailed(f"training {plan.prefix} stopped: {_root_message(error)}") from error
+    finally:
+        if not connection.embedded:
+            with contextlib.suppress(Exception):  # a few hundred bytes that nobody reads again
+                storage.delete(f"ray_train/{name}")
+    if outcome is None:
+        raise TrainingFailed(f"training {plan.prefix} ended without a result; see the workers' logs")
+    return dict(outcome)
+
+
 @contextlib.contextmanager
 def teacher_service(
     config: TeacherConfig, model: str, tokenizer: str, store: dict[str, Any], run: RunConfig
@@ -123,8 +146,8 @@ def teacher_service(
         max_replicas=config.max_replicas,
         threads_per_replica=config.threads_per_replica or default_threads(run),
         num_gpus=config.num_gpus,
-        node_labels=config.node_labels,
         max_batch_tokens=config.max_batch_tokens,
+        **actor_options(run.cluster.active_pools, "teacher"),
     )
     app_name = f"teacher-{run.name}-{fingerprint(run.storage)[:8]}"  # a cluster may hold the teachers of several runs
     start_teacher(service, app_name)
@@ -159,7 +182,7 @@ def teacher_service(
 def default_threads(run: RunConfig) -> int:
     """Threads of each worker and replica when both compute at the same time on one machine."""
     replicas = run.teacher.replicas if run.teacher is not None and run.distils else 0
-    return threads_each(run.train.num_workers + replicas)
+    return threads_each(most(run.train.num_workers) + replicas)
 
 
 @contextlib.contextmanager

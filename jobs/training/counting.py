@@ -63,6 +63,7 @@ def count_step(
         "train/cross_entropy": sums.cross_entropy / positions,
         "train/tokens_per_s": sums.tokens / seconds,
         "train/step_s": seconds,
+        "train/workers": workers.count,
         "train/store_wait_s": sums.store_wait_s / workers.count,
         "train/store_read_bytes": sums.store_read_bytes,
         "train/store_written_bytes": sums.store_written_bytes,

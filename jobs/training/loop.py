@@ -29,19 +29,26 @@ from jobs.training.workers import StepSums, Workers
 from services.teacher.client import TeacherAnswers, TeacherClient
 
 Report = Callable[[int, dict[str, float]], None]
+Notice = Callable[[], bool]
 
 
-def train(plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, report: Report) -> dict[str, Any]:
+def train(
+    plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, report: Report, notice: Notice | None = None
+) -> dict[str, Any]:
     """Trains to the last step, from the newest checkpoint if there is one; the last one is stored when this returns.
 
+    Args:
+        notice: whether a machine of this group is about to be taken away; asked every `train.notice_every` steps by all
+            workers, which must hear the same. If so, the step is stored and training returns.
+
     Returns:
-        `{"status": "done" | "non_finite", "message": str, **TrainState}`, the same on every worker.
+        `{"status": "done" | "non_finite" | "preempted", "message": str, **TrainState}`, the same on every worker.
     """
     with assembled(plan, workers, teacher) as this:
-        return _train(this, plan, workers, report)
+        return _train(this, plan, workers, report, notice)
 
 
-def _train(this: Training, plan: TrainPlan, workers: Workers, report: Report) -> dict[str, Any]:
+def _train(this: Training, plan: TrainPlan, workers: Workers, report: Report, notice: Notice | None) -> dict[str, Any]:
     config, model, state, clock = plan.train, this.model, this.state, this.clock
     model.train()
     for step in range(state.step, config.steps):
@@ -81,10 +88,17 @@ def _train(this: Training, plan: TrainPlan, workers: Workers, report: Report) ->
         keeps = state.step % config.checkpoint_every == 0 or state.step == config.steps
         if keeps and not _is_finite(model):  # an update that a finite gradient made too large
             return _non_finite(this, step, "weights that are not finite")
+        asks = notice is not None and state.step % config.notice_every == 0 and state.step < config.steps
+        leaves = asks and notice is not None and notice()
         if workers.leads:
             report(state.step, metrics)
-            if keeps:
+            if keeps or leaves:
                 this.checkpoints.save(model, this.optimizer, state)
+        if leaves:
+            if workers.leads:
+                this.checkpoints.wait()
+            workers.agree_on(0)
+            return {"status": "preempted", "message": "", **vars(state)}
     if workers.leads:
         this.checkpoints.wait()
         _publish(plan, model)
@@ -109,8 +123,13 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             teacher = TeacherClient(access.app_name, access.attempt_timeout_s, access.deadline_s, access.fingerprint)
         elif plan.labels is not None:
             teacher = StoredTeacher(open_storage(plan.labels.root), access.fingerprint, access.signal)
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        config["board"].report.remote(step, metrics)
+
     try:
-        return train(plan, workers, teacher, lambda step, metrics: config["board"].report.remote(step, metrics))
+        notice = (lambda: ray.train.get_preemption_info() is not None) if config["notices"] else None
+        return train(plan, workers, teacher, report, notice)
     finally:
         if teacher is not None:
             teacher.close()

@@ -6,6 +6,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.connection import while_ray_lives
@@ -20,12 +21,19 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def start_endpoint(
-    config: EndpointConfig, model_name: str, database: str, *, timeout_s: float = 180.0, blocking: bool = False
+    config: EndpointConfig,
+    model_name: str,
+    database: str,
+    *,
+    placement: Mapping[str, Any] | None = None,
+    timeout_s: float = 180.0,
+    blocking: bool = False,
 ) -> str:
     """Runs the endpoint on the connected Ray and waits until it serves; returns its base URL.
 
     Args:
         database: SQLAlchemy URL of the champions database, reachable from every replica.
+        placement: `resources` and `label_selector` of each replica.
         timeout_s: how long to wait for the first champion to be loaded.
         blocking: return only when interrupted, and stop the endpoint then.
 
@@ -37,7 +45,7 @@ def start_endpoint(
 
     from services.endpoint.deployment import app
 
-    application = app({**config.model_dump(), "model_name": model_name, "database": database})
+    application = app({**config.model_dump(), "model_name": model_name, "database": database, **(placement or {})})
     start_serve(config.host, config.port)
     if APP_NAME in serve.status().applications:  # running it again would replace it, and stopping it end the other
         raise PortInUse(

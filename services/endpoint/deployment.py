@@ -64,6 +64,11 @@ def app(args: dict[str, Any]) -> Application:
     deployment = Endpoint.options(  # type: ignore[attr-defined]  # the decorator makes it a Deployment
         num_replicas=arguments.replicas,
         max_ongoing_requests=arguments.max_running + arguments.max_waiting + _UNCOUNTED_REQUESTS,
-        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": environment}},
+        ray_actor_options={
+            "num_cpus": 1,
+            "runtime_env": {"env_vars": environment},
+            **({"resources": arguments.resources} if arguments.resources else {}),
+            **({"label_selector": arguments.label_selector} if arguments.label_selector else {}),
+        },
     )
     return deployment.bind(arguments.model_dump())

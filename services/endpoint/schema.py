@@ -45,6 +45,10 @@ class EndpointArguments(EndpointConfig):
     """The registered model whose champion is served."""
     database: str = Field(min_length=1)
     """SQLAlchemy URL of the database that holds the champion's row."""
+    resources: dict[str, float] = execution({})
+    """Custom resources that each replica takes, such as `{endpoint_slot: 1}`."""
+    label_selector: dict[str, str] = execution({})
+    """Labels that a replica's node must have."""
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ Calls come through handles only: there is no HTTP route.
 """
 
 import logging
+from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
@@ -30,7 +32,6 @@ logger = logging.getLogger(__name__)
     max_constructor_retry_count=3,
     health_check_period_s=5,
     health_check_timeout_s=30,
-    graceful_shutdown_timeout_s=20,
     logging_config=LoggingConfig(enable_access_log=False),  # a line for each answer costs as much as moving it
 )
 class Teacher:
@@ -59,15 +60,25 @@ class Teacher:
         return await self._merger.reply(request)
 
 
+def _actor_options(config: TeacherServiceConfig) -> dict[str, Any]:
+    """Where a replica goes and what it finds there: Serve hands on a job's working directory alone, so the rest of its
+    environment (variables, packages) is said here."""
+    options: dict[str, Any] = {"num_cpus": config.threads_per_replica, "num_gpus": config.num_gpus}
+    if config.resources:
+        options["resources"] = config.resources
+    if config.label_selector:
+        options["label_selector"] = config.label_selector
+    of_job = ray.get_runtime_context().runtime_env if ray.is_initialized() else {}
+    environment = {name: of_job[name] for name in ("working_dir", "env_vars", "pip", "uv", "conda") if of_job.get(name)}
+    return {**options, "runtime_env": environment} if environment else options
+
+
 def app(config: TeacherServiceConfig) -> Application:
     """The teacher as a Serve application."""
     highest = max(config.max_replicas or config.replicas, config.replicas)
     deployment = Teacher.options(  # type: ignore[attr-defined]  # made by the decorator
-        ray_actor_options={
-            "num_cpus": config.threads_per_replica,
-            "num_gpus": config.num_gpus,
-            **({"label_selector": config.node_labels} if config.node_labels else {}),
-        },
+        ray_actor_options=_actor_options(config),
+        graceful_shutdown_timeout_s=config.graceful_shutdown_s,
         **(
             {"num_replicas": config.replicas}
             if highest == config.replicas

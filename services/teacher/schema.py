@@ -26,10 +26,14 @@ class TeacherServiceConfig(Config):
     """Autoscale on waiting requests up to this many; default: no more than `replicas`."""
     threads_per_replica: int = execution(1, ge=1)
     num_gpus: float = execution(0, ge=0)
-    node_labels: dict[str, str] | None = execution(None)
-    """Ray labels of the nodes that replicas may run on; default: any node."""
     max_batch_tokens: int = execution(16384, ge=1)
     """Waiting requests are merged up to this many tokens; a single request may not be larger."""
+    resources: dict[str, float] = execution({})
+    """Custom resources that each replica takes, such as `{teacher_slot: 1}`."""
+    label_selector: dict[str, str] = execution({})
+    """Labels that a replica's node must have."""
+    graceful_shutdown_s: float = execution(60, ge=1)
+    """How long a replica that has to go may finish what it was given; longer than the longest batch."""
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def test_help_of_a_command_says_what_it_does(command, tmp_path, name):
     assert done.returncode == 0
     assert "Usage:" in done.stdout
     assert not done.stderr
-    callback = next(item.callback for item in app.registered_commands if item.callback.__name__ == name)
+    callback = next(item.callback for item in app.registered_commands if name in (item.name, item.callback.__name__))
     assert " ".join(callback.__doc__.split())[:40] in " ".join(done.stdout.split())
 
 

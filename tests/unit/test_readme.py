@@ -46,7 +46,7 @@ def test_readme_raystill_command_parses(line):
             assert argument in options
             option = next(option for option in known[command].params if argument in option.opts)
             del arguments[place : place + (1 if option.is_flag else 2)]
-    if arguments and command not in ("status", "versions") and arguments[0] != "CONFIG":
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
         load(RunConfig, ROOT / arguments[0], arguments[1:])
 
 

@@ -120,6 +120,23 @@ def test_loop_interrupted_and_resumed_equals_unbroken(prepared, teacher):
     assert weights[0] == weights[1]
 
 
+def test_loop_leaves_on_notice_with_its_step_stored_and_goes_on_elsewhere(prepared, teacher):
+    whole, _ = run(plan(prepared, "unannounced"), teacher)
+    this = plan(prepared, "announced", checkpoint_every=100, notice_every=3)
+    asked = []
+
+    def notice():
+        asked.append(1)
+        return True
+
+    first = train(this, ALONE, InProcessTeacher(teacher), lambda step, values: None, notice)
+    assert (first["status"], first["step"], len(asked)) == ("preempted", 3, 1)
+    second = train(this, ALONE, InProcessTeacher(teacher), lambda step, values: None, notice)
+    assert (second["status"], len(asked)) == ("done", 1), "nobody leaves after the last step"
+    np.testing.assert_allclose(second["losses"], whole["losses"], rtol=1e-6)
+    assert (second["rows"], second["rows_checksum"]) == (whole["rows"], whole["rows_checksum"])
+
+
 def test_loop_rows_are_those_of_the_cursor_each_once(prepared, teacher):
     this = plan(prepared, "rows")
     outcome, _ = run(this, teacher)

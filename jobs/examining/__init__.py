@@ -1,0 +1,1 @@
+"""What `raystill doctor` looks at, one file for each kind of thing."""

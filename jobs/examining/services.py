@@ -1,0 +1,174 @@
+"""What a run leans on: object storage, its clock, the corpus, MLflow, the champions' database, the endpoint's door."""
+
+import email.utils
+import ipaddress
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from cluster.champions import database_url, open_database
+from cluster.storage import LocalStorage, Storage, open_storage
+from cluster.tracking import tracking_uri
+from jobs.config import RunConfig
+from jobs.corpus import find_sources
+from jobs.examining.check import Check
+
+_SKEW_WARNING_S, _SKEW_FAILURE_S = 5.0, 300.0
+"""S3 refuses requests that are signed fifteen minutes off; well before that the times of records mislead."""
+_TIMEOUT_S = 10.0
+API_KEYS_VARIABLE = "RAYSTILL_API_KEYS_FILE"
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether only this machine reaches a host."""
+    if host in (None, "", "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(str(host).strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_storage(where: str, uri: str) -> Iterator[Check]:
+    """Writes, reads, lists and deletes a probe of a few bytes; nothing of it stays."""
+    storage = open_storage(uri)
+    key, data = f".probe-{os.getpid()}-{os.urandom(4).hex()}", os.urandom(64)
+    steps: dict[str, Any] = {
+        "write": lambda: storage.write(key, data),
+        "read": lambda: storage.read(key) == data,
+        "list": lambda: key in [item.key for item in storage.list(key)],
+        "delete": lambda: storage.delete(key),
+    }
+    if isinstance(storage, LocalStorage):  # a root that is not there yet is not made for a question
+        storage.check_writable()
+        if not storage.root.is_dir():
+            yield Check(where, "storage", "ok", f"{storage.uri} can be made and written")
+            return
+    started = time.perf_counter()
+    for what, step in steps.items():
+        try:
+            worked = step()
+        except (OSError, FileNotFoundError) as error:
+            reason = " ".join(str(error).split())[:300]
+            yield Check(where, f"storage, {what}", "failure", reason, f"give this machine's role the right to {what}")
+            if what == "write":
+                return
+            continue
+        if worked is False:
+            yield Check(where, f"storage, {what}", "failure", f"{storage.uri}: not what was written", "see the server")
+    seconds = (time.perf_counter() - started) / len(steps)
+    if isinstance(storage, LocalStorage):
+        storage.root.mkdir(exist_ok=True)  # an empty root goes with its last object
+    yield Check(where, "storage", "ok", f"{storage.uri}: write, read, list and delete, {seconds * 1000:.0f} ms each")
+
+
+def check_clock(where: str, uri: str) -> Iterator[Check]:
+    """This machine's clock beside the storage server's."""
+    storage = open_storage(uri)
+    skew_s = storage_clock_skew_s(storage)
+    if skew_s is None:
+        yield Check(where, "clock", "ok", f"{storage.uri} has this machine's")
+        return
+    found = f"{skew_s:+.0f} s from the storage server's"
+    if abs(skew_s) > _SKEW_FAILURE_S:
+        yield Check(where, "clock", "failure", found, "set the clock (chrony or systemd-timesyncd): S3 refuses beyond")
+    elif abs(skew_s) > _SKEW_WARNING_S:
+        yield Check(where, "clock", "warning", found, "set the clock (chrony or systemd-timesyncd)")
+    else:
+        yield Check(where, "clock", "ok", found)
+
+
+def storage_clock_skew_s(storage: Storage) -> float | None:
+    """Seconds by which this machine's clock is ahead of the server's; None where no server says a time."""
+    client = getattr(storage, "client", None)
+    if client is None:
+        return None
+    request = urllib.request.Request(client.meta.endpoint_url, method="HEAD")
+    before = time.time()
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            stamp = answer.headers.get("Date")
+    except urllib.error.HTTPError as error:  # it says the time whatever it thinks of the question
+        stamp = error.headers.get("Date")
+    after = time.time()
+    if not stamp:
+        return None
+    return (before + after) / 2 - (email.utils.parsedate_to_datetime(stamp).timestamp() + 0.5)
+
+
+def check_sources(where: str, config: RunConfig) -> Iterator[Check]:
+    """Whether the corpus can be listed."""
+    if not config.data.sources:
+        return
+    found = find_sources(config.data.sources)
+    size = sum(source.info.size_bytes for source in found)
+    yield Check(where, "sources", "ok", f"{len(found):,} objects, {size / 1e6:,.1f} MB")
+
+
+def check_tracking(where: str, state_directory: Path, needs_server: bool) -> Iterator[Check]:
+    """A real query to MLflow, and whether it asks who is there."""
+    uri = tracking_uri(state_directory)
+    host = urlparse(uri)
+    if not uri.startswith(("http://", "https://")):
+        status = "failure" if needs_server else "ok"
+        fix = "set MLFLOW_TRACKING_URI on every node: this file goes with the job's working directory"
+        yield Check(where, "MLflow", status, f"a file, {uri}", fix if needs_server else "")  # type: ignore[arg-type]
+        return
+    from mlflow import MlflowClient
+
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    shown = f"{host.scheme}://{host.hostname}:{host.port}" if host.port else f"{host.scheme}://{host.hostname}"
+    started = time.perf_counter()
+    try:
+        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except Exception as error:
+        fix = "start it, or correct MLFLOW_TRACKING_URI and MLFLOW_TRACKING_USERNAME"
+        yield Check(where, "MLflow", "failure", f"{shown}: {type(error).__name__}", fix)
+        return
+    yield Check(where, "MLflow", "ok", f"{shown} answers in {(time.perf_counter() - started) * 1000:.0f} ms")
+    if not is_loopback(host.hostname) and _answers_anybody(f"{shown}{host.path}"):
+        fix = "start it with --app-name basic-auth, or put an authenticating proxy before it"
+        yield Check(where, "MLflow, authentication", "failure", f"{shown} answers anybody", fix)
+
+
+def _answers_anybody(url: str) -> bool:
+    query = f"{url.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
+    try:
+        with urllib.request.urlopen(query, timeout=_TIMEOUT_S) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def check_database(where: str, state_directory: Path, needs_server: bool) -> Iterator[Check]:
+    """The database that says who is champion."""
+    url = database_url(state_directory)
+    if url.startswith("sqlite:///"):
+        status = "failure" if needs_server else "ok"
+        fix = (
+            "set RAYSTILL_DATABASE_URL=postgresql://... on every node: this file goes with the job's working directory"
+        )
+        yield Check(where, "champions", status, f"a file, {url}", fix if needs_server else "")  # type: ignore[arg-type]
+        return
+    open_database(url).dispose()
+    yield Check(where, "champions", "ok", f"{url.partition(':')[0]} answers")
+
+
+def check_endpoint(where: str, config: RunConfig) -> Iterator[Check]:
+    """Whether whoever reaches the endpoint must show a key."""
+    host, keys = config.serve.host, os.environ.get(API_KEYS_VARIABLE)
+    if keys and not Path(keys).is_file():
+        yield Check(
+            where, "endpoint keys", "failure", f"{API_KEYS_VARIABLE}={keys}: no such file", "write it, or unset it"
+        )
+    elif is_loopback(host) or keys:
+        yield Check(where, "endpoint keys", "ok", "a file of keys" if keys else f"{host} alone reaches it")
+    else:
+        fix = f"set {API_KEYS_VARIABLE}, or serve.host=127.0.0.1"
+        yield Check(where, "endpoint keys", "failure", f"serve.host={host} and no keys: anybody may ask", fix)

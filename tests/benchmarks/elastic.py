@@ -1,0 +1,368 @@
+"""A run on a cluster whose machines come and go: `python -m tests.benchmarks.elastic [--quick]`.
+
+Six raylets on this machine: a head, two teacher nodes, three student nodes; the run begins with one teacher, grows to
+two, and has two students, so that one node of each kind can be lost. `raystill submit` starts it; then a teacher node
+is killed, a student node gets EC2's notice (a local server imitates its metadata service, `raystill watch-spot` reads
+it) and is killed when the notice ends, and another student node is killed without a word. At the end the teachers
+must be gone. The same training in this process, without Ray and without any of that, says which rows, and what
+validation loss, are right.
+
+Beside it the same three faults against a plain Ray Serve handle and a plain `TorchTrainer`, with Ray's defaults
+(`tests.benchmarks.plain_ray`). As root everything happens in network and process namespaces of its own.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from cluster.config import load
+from jobs.config import RunConfig
+from jobs.training.choice import choose_signal
+from jobs.training.loop import train
+from jobs.training.plan import TeacherAccess, TrainPlan
+from jobs.training.workers import Workers
+from services.teacher.model import TeacherModel
+from tests import tiny
+from tests.benchmarks.sides import arguments, show
+from tests.command_line import COMMAND, environment
+from tests.in_process_teacher import InProcessTeacher
+from tests.instance_metadata import Service
+from tests.ray_cluster import RayCluster, running, wait_until
+
+TOKEN = "elastic-" + "0f" * 24
+NOTICE_S = 30
+BATCH = 8
+_INSIDE = "RAYSTILL_ELASTIC_INSIDE"
+_PATIENCE_S = 900.0
+
+
+class Watched:
+    """A cluster, and what its dashboard says about it."""
+
+    def __init__(self, cluster: RayCluster) -> None:
+        self.cluster = cluster
+        self.variables = {**environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+
+    def get(self, path: str) -> Any:
+        request = urllib.request.Request(
+            f"{self.cluster.dashboard}{path}", headers={"Authorization": f"Bearer {TOKEN}"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def actors(self, name: str) -> list[str]:
+        """Nodes of the living actors whose class is called so, one for each actor."""
+        found = self.get("/api/v0/actors?limit=1000&detail=true")["data"]["result"]["result"]
+        return [item["node_id"] for item in found if item["state"] == "ALIVE" and name in item["class_name"]]
+
+    def replicas(self) -> int:
+        """Teacher replicas that run."""
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            applications = self.get("/api/serve/applications/")["applications"]
+            return sum(
+                replica["state"] == "RUNNING"
+                for name, application in applications.items()
+                if name.startswith("teacher")
+                for deployment in application["deployments"].values()
+                for replica in deployment["replicas"]
+            )
+        return 0
+
+    def raystill(self, *words: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+        done = subprocess.run(
+            [*COMMAND, *words, "--address", self.cluster.dashboard],
+            cwd=cwd,
+            env=self.variables,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise SystemExit(f"raystill {' '.join(words)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        return done
+
+
+class Steps:
+    """When each step of a run was reported, from the run's own records."""
+
+    def __init__(self, database: Path) -> None:
+        self._database = database
+
+    def all(self) -> list[tuple[float, int]]:
+        """Pairs of time (seconds since 1970) and step, in the order of time."""
+        if not self._database.is_file():
+            return []
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self._database)) as open_file:
+            rows = open_file.execute("select timestamp, step from metrics where key = 'train/loss'").fetchall()
+            return sorted((stamp / 1000, step) for stamp, step in rows)
+        return []
+
+    def reached(self) -> int:
+        return max((step for _, step in self.all()), default=0)
+
+    def longest_pause_s(self, since: float, until: float) -> float:
+        """The longest time between two reports, beginning with the last one before `since`."""
+        times = [at for at, _ in self.all()]
+        before = [at for at in times if at <= since][-1:]
+        between = [at for at in times if since < at <= until]
+        return float(np.diff([*before, *between]).max()) if before and between else float("nan")
+
+    def beyond_s(self, since: float) -> float:
+        """Seconds from `since` to the first step that had not been reached then."""
+        was = max(step for at, step in self.all() if at <= since)
+        return next(at for at, step in self.all() if at > since and step > was) - since
+
+
+def write_config(directory: Path, storage: Path, steps: int) -> Path:
+    config = {
+        "name": "elastic",
+        "storage": str(storage),
+        "cluster": {"pools": {}},
+        "data": {
+            "sources": [str(tiny.corpus(directory / "in", 200))],
+            "sequence_length": 48,
+            "validation_fraction": 0.1,
+        },
+        "teacher": {
+            "model": str(tiny.save_model(directory / "teacher")),
+            "dtype": "float32",
+            "replicas": 1,
+            "max_replicas": 2,
+            "threads_per_replica": 1,
+            "attempt_timeout_s": 20,
+        },
+        "student": {"shape": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}},
+        "distill": {"alpha": 0.3},
+        "train": {
+            "steps": steps,
+            "global_batch": BATCH,
+            "micro_batch": 1,
+            "num_workers": 2,
+            "threads_per_worker": 1,
+            "precision": "float32",
+            "compile": False,
+            "checkpoint_every": 50,
+            "validate_every": steps,
+        },
+    }
+    path = directory / f"{storage.name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def trained(
+    watched: Watched, directory: Path, name: str, steps: int, faults: Callable[[Steps], None]
+) -> dict[str, Any]:
+    """What training gave, with `faults` done to the cluster meanwhile; `gone_s`: how long the teachers outlived it."""
+    config = str(write_config(directory, directory / name, steps))
+    watched.raystill("submit", config, "--command", "prepare", cwd=directory)
+    job = watched.raystill("submit", config, "--command", "train", "--detach", cwd=directory).stdout.strip()
+    steps_seen = Steps(directory / name / "mlflow.db")
+    faults(steps_seen)
+    log = watched.raystill("logs", job, "--follow", cwd=directory).stdout
+    print(re.sub(r"(?m)^", "    ", log), file=sys.stderr)
+    wait_until(lambda: watched.replicas() == 0, 300, "the teachers are gone")
+    last = steps_seen.all()[-1][0]
+    stage = json.loads((directory / name / "summary.json").read_text())["stages"]["train"]
+    return {**stage, "gone_s": time.time() - last}
+
+
+def story(watched: Watched, directory: Path, teachers: list[str], steps: int) -> dict[str, float]:
+    """The run with its faults, beside the run without them."""
+    figures: dict[str, float] = {}
+
+    def found(name: str, value: float) -> None:
+        figures[name] = value
+        print(f"{name}: {value:.1f}", file=sys.stderr, flush=True)
+
+    def at(seen: Steps, share: float) -> None:
+        wait_until(lambda: seen.reached() >= share * steps, _PATIENCE_S, f"step {share * steps:.0f}")
+
+    def faults(seen: Steps) -> None:
+        at(seen, 0.01)
+        began = time.time()
+        wait_until(lambda: watched.replicas() == 2, _PATIENCE_S, "a second teacher")
+        found("scale_up_s", time.time() - began)
+        at(seen, 0.25)
+        when = time.time()
+        watched.cluster.kill(next(node for node in watched.actors("ServeReplica:teacher") if node in teachers))
+        at(seen, 0.4)
+        found("teacher_kill_stall_s", seen.longest_pause_s(when, time.time()))
+
+        leaving = watched.actors("RayTrainWorker")[-1]
+        when = time.time()
+        with announced_end(watched, leaving):
+            wait_until(lambda: leaving not in watched.actors("RayTrainWorker"), _PATIENCE_S, "the workers left")
+            left = time.time()
+            time.sleep(max(0.0, when + NOTICE_S - time.time()))
+            watched.cluster.kill(leaving)
+        wait_until(lambda: seen.all()[-1][0] > left, _PATIENCE_S, "steps after the notice")
+        at(seen, 0.6)
+        found("drain_stall_s", seen.longest_pause_s(when, time.time()))
+        found("drain_steps_again", repeated(seen))
+        watched.cluster.add(num_cpus=1, resources={"student_slot": 1})
+
+        at(seen, 0.7)
+        when = time.time()
+        watched.cluster.kill(watched.actors("RayTrainWorker")[-1])
+        at(seen, 0.8)
+        found("student_kill_recover_s", seen.beyond_s(when))
+
+    broken = trained(watched, directory, "broken", steps, faults)
+    unbroken = without_ray(directory, steps)
+    planned = steps * BATCH
+    same = broken["rows_checksum"] == unbroken["rows_checksum"]
+    final = [run["validation"][-1][1] for run in (unbroken, broken)]
+    return {
+        **figures,
+        "rows_lost": max(0, planned - broken["rows"]) + (0 if same else 1),
+        "rows_twice": max(0, broken["rows"] - planned),
+        "loss_gap": abs(final[1] - final[0]) / final[0],
+        "scale_to_zero_s": broken["gone_s"],
+    }
+
+
+def without_ray(directory: Path, steps: int) -> dict[str, Any]:
+    """What the same training gives in this process."""
+    config = load(RunConfig, write_config(directory, directory / "broken", steps))
+    summary = json.loads((directory / "broken" / "summary.json").read_text())
+    assert config.teacher is not None
+    model = TeacherModel(str(config.teacher.model), "float32")
+    access = TeacherAccess(
+        app_name="none",
+        fingerprint="",
+        signal=choose_signal(config.distill, model.describe())[0],
+        attempt_timeout_s=1,
+        deadline_s=1,
+        window_bytes=1 << 20,
+    )
+    plan = TrainPlan(
+        storage=config.storage,
+        prefix="student/unbroken",
+        store=summary["stages"]["prepare"]["store"],
+        tokenizer=str(config.teacher.model),
+        student=config.student,
+        teacher_model=config.teacher.model,
+        teacher=access,
+        distill=config.distill,
+        train=config.train.replace(num_workers=1),
+        threads=1,
+    )
+    return train(plan, Workers(0, 1, torch.device("cpu")), InProcessTeacher(model), lambda step, metrics: None)
+
+
+def repeated(seen: Steps) -> int:
+    """Steps that were reported more than once: work done again."""
+    steps = [step for _, step in seen.all()]
+    return len(steps) - len(set(steps))
+
+
+@contextlib.contextmanager
+def announced_end(watched: Watched, node: str) -> Iterator[None]:
+    """EC2's notice to a node, as `raystill watch-spot` finds it."""
+    service = Service()
+    service.announces(NOTICE_S)
+    words = ["watch-spot", "--address", watched.cluster.address, "--node-id", node, "--metadata", service.endpoint]
+    watcher = subprocess.Popen([*COMMAND, *words], env=watched.variables)
+    try:
+        yield
+        if watcher.wait(30) != 0:
+            raise SystemExit("watch-spot did not drain the node")
+    finally:
+        watcher.kill()
+        watcher.wait()
+        service.close()
+
+
+def plain(watched: Watched, directory: Path, fault: str) -> dict[str, Any]:
+    """One fault against Ray's own pieces with their defaults: did the run end, and how long did it stand still."""
+    report = directory / f"plain-{fault}.jsonl"
+    command = [sys.executable, "-m", "tests.benchmarks.plain_ray", watched.cluster.address, str(directory), str(report)]
+    process = subprocess.Popen(command, env=watched.variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def steps() -> list[dict[str, float]]:
+        return [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
+
+    try:
+        wait_until(lambda: len(steps()) > 20, _PATIENCE_S, "plain Ray begins")
+        when, was = time.time(), max(item["step"] for item in steps())
+        name = "ServeReplica:plain" if fault == "teacher_kill" else "RayTrainWorker"
+        node = next(node for node in watched.actors(name)[::-1] if node != watched.cluster.head)
+        if fault == "drain":
+            with announced_end(watched, node):
+                time.sleep(NOTICE_S)
+                watched.cluster.kill(node)
+        else:
+            watched.cluster.kill(node)
+
+        def beyond() -> Any:
+            again = [item["at"] for item in steps() if item["at"] > when + 1 and item["step"] > was + 20]
+            return again if process.poll() is None else [0]
+
+        wait_until(beyond, _PATIENCE_S, "plain Ray goes on or ends")
+        seen = steps()
+        times = [item["at"] for item in seen if item["at"] > when - 5]
+        return {
+            "ended": process.poll() is not None,
+            "stall_s": float(np.diff(times).max()) if len(times) > 1 else 0.0,
+            "again": len(seen) - len({item["step"] for item in seen}),
+        }
+    finally:
+        process.terminate()
+        process.wait()
+        watched.cluster.add(num_cpus=1, resources={"spare": 1})
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    if os.geteuid() == 0 and _INSIDE not in os.environ and shutil.which("unshare"):
+        apart = ["unshare", "-n", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c"]
+        again = 'ip link set lo up && exec "$0" -m tests.benchmarks.elastic "$@"'
+        words = [*apart, again, sys.executable, *sys.argv[1:]]
+        raise SystemExit(subprocess.run(words, env={**os.environ, _INSIDE: "1"}).returncode)
+    steps = 400 if options.quick else 2000
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    os.environ.update(variables)
+    rows, result = [], {}
+    with tempfile.TemporaryDirectory(prefix="raystill-elastic-") as name:
+        directory = Path(name)
+        with running(variables, num_cpus=2) as cluster:
+            watched = Watched(cluster)
+            teachers = [cluster.add(num_cpus=1, resources={"teacher_slot": 1}) for _ in range(2)]
+            for _ in range(3):
+                cluster.add(num_cpus=1, resources={"student_slot": 1})
+            result = story(watched, directory, teachers, steps)
+        found: dict[str, dict[str, Any]] = {}
+        with running(variables, num_cpus=2) as cluster:
+            watched = Watched(cluster)
+            for _ in range(4):
+                cluster.add(num_cpus=1, resources={"spare": 1})
+            for fault in ("teacher_kill", "drain", "student_kill"):
+                found[fault] = plain(watched, directory, fault)
+    ours = {"teacher_kill": "teacher_kill_stall_s", "drain": "drain_stall_s", "student_kill": "student_kill_recover_s"}
+    for fault, key in ours.items():
+        with_defaults = found[fault]
+        how = "the run ends" if with_defaults["ended"] else f"{with_defaults['stall_s']:.1f} s"
+        rows.append([fault.replace("_", " "), f"{result[key]:.1f} s", how, str(with_defaults["again"])])
+    columns = ["fault", "raystill stands still", "Ray's defaults", "steps done again there"]
+    show(f"{steps} steps, 2 students, 1 to 2 teachers, a notice of {NOTICE_S} s", columns, rows, result)
+
+
+if __name__ == "__main__":
+    threading.stack_size(1 << 20)
+    main()

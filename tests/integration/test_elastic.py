@@ -1,0 +1,80 @@
+"""A worker group that grows when a node comes: the same rows, the same curve."""
+
+import json
+import sqlite3
+import subprocess
+
+import numpy as np
+import pytest
+import yaml
+
+from tests import tiny
+from tests.command_line import COMMAND, environment, raystill
+from tests.ray_cluster import running, wait_until
+
+pytestmark = pytest.mark.integration
+TOKEN = "token-" + "7b2e" * 12
+STEPS = 1500
+
+
+def test_training_grows_with_the_cluster_and_learns_the_same(tmp_path):
+    variables = {**environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAYSTILL_LOG": "INFO"}
+    config = tmp_path / "grows.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "name": "grows",
+                "data": {
+                    "sources": [str(tiny.corpus(tmp_path / "in", 60))],
+                    "sequence_length": 48,
+                    "validation_fraction": 0.2,
+                },
+                "student": {"model": str(tiny.save_model(tmp_path / "model"))},
+                "distill": {"alpha": 1},
+                "train": {
+                    "steps": STEPS,
+                    "global_batch": 8,
+                    "micro_batch": 4,
+                    "threads_per_worker": 1,
+                    "precision": "float32",
+                    "checkpoint_every": 100,
+                    "validate_every": STEPS,
+                },
+            }
+        )
+    )
+    alone, grown = tmp_path / "alone", tmp_path / "grown"
+    for storage in (alone, grown):
+        done = raystill("prepare", config, f"storage={storage}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+    def reported():
+        if not (grown / "mlflow.db").is_file():
+            return []
+        with sqlite3.connect(grown / "mlflow.db") as database:
+            return database.execute("select step, value from metrics where key = 'train/workers'").fetchall()
+
+    with running({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}, num_cpus=1) as cluster:
+        cluster.add(num_cpus=1, resources={"student_slot": 1})
+        elastic = [f"storage={grown}", "train.num_workers=[1,2]", "cluster.pools.resize_every_s=5"]
+        process = subprocess.Popen(
+            [*COMMAND, "train", str(config), *elastic, f"cluster.address={cluster.address}"],
+            cwd=tmp_path,
+            env=variables,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            wait_until(lambda: process.poll() is not None or len(reported()) > 5, 500, "the first steps")
+            cluster.add(num_cpus=1, resources={"student_slot": 1})
+            _, said = process.communicate(timeout=900)
+        finally:
+            process.kill()
+    assert process.returncode == 0, said[-3000:]
+    assert {value for _, value in reported()} == {1.0, 2.0}
+    summary = json.loads((grown / "summary.json").read_text())["stages"]["train"]
+    done = raystill("train", config, f"storage={alone}", "--json", cwd=tmp_path, timeout=900)
+    assert done.returncode == 0, done.stderr
+    fixed = json.loads(done.stdout.strip().splitlines()[-1])["stages"]["train"]
+    assert (summary["rows"], summary["rows_checksum"]) == (fixed["rows"], fixed["rows_checksum"])
+    np.testing.assert_allclose(summary["losses"], fixed["losses"], rtol=1e-4)

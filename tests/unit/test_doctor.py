@@ -1,0 +1,231 @@
+"""Each check of the doctor on a service that is well and on one that is not."""
+
+import http.server
+import json
+import threading
+import time
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+from jobs.config import RunConfig
+from jobs.doctor import examine, line_of
+from jobs.examining import machine, services
+from jobs.examining.check import Check, guarded
+from jobs.examining.ray_cluster import check_dashboard, from_inside
+from tests.command_line import free_port, last_json, raystill
+
+
+def statuses(checks):
+    return {check.what: check.status for check in checks}
+
+
+def made(tmp_path, **changes):
+    return RunConfig.model_validate(
+        {
+            "name": "small",
+            "storage": str(tmp_path / "storage"),
+            "data": {"gather": "python_docs", "train_tokenizer": {}},
+            "student": {"shape": {"model_type": "llama"}},
+            "distill": {"alpha": 1},
+            "train": {"steps": 10},
+            **changes,
+        }
+    )
+
+
+@pytest.fixture
+def server():
+    """An HTTP server that answers with what the test says: status, headers."""
+    answer = {"status": 200, "headers": {}}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response_only(answer["status"])
+            for name, value in answer["headers"].items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    started = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=started.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{started.server_port}", answer
+    started.shutdown()
+    started.server_close()
+    thread.join()
+
+
+def test_versions_of_here_are_those_of_the_constraints():
+    wanted = machine.wanted_versions()
+    assert {"ray", "torch", "transformers"} <= wanted.keys()
+    assert str(wanted["ray"]) == "==2.60.0"
+    found = list(machine.check_versions("here", machine.versions(), wanted))
+    assert {check.status for check in found} == {"ok"}
+
+
+def test_versions_other_or_missing_are_failures():
+    wanted = {"ray": SpecifierSet("==2.60.0"), "torch": SpecifierSet("==2.13.0")}
+    found = statuses(machine.check_versions("here", {"python": "3.9.1", "ray": "2.59.0"}, wanted))
+    assert found == {"python": "failure", "ray": "failure", "torch": "failure"}
+    fine = {"python": "3.11.2", "ray": "2.60.0", "torch": "2.13.0+cpu"}
+    assert set(statuses(machine.check_versions("here", fine, wanted)).values()) == {"ok"}
+
+
+def test_versions_of_nodes_are_compared():
+    here = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0"}
+    [same] = machine.check_same_versions(here, "node", {**here, "python": "3.11.2"})
+    assert same.status == "ok"
+    [other] = machine.check_same_versions(here, "node", {**here, "torch": "2.12.0", "python": "3.12.0"})
+    assert other.status == "failure"
+    assert "torch 2.12.0, here 2.13.0" in other.found
+    assert "python 3.12, here 3.11" in other.found
+
+
+def test_room_is_measured(monkeypatch):
+    assert statuses(machine.check_room("here", 1e15))["shared memory"] == "failure"
+    monkeypatch.setattr(machine, "_LEAST_DISK_GB", 1e12)
+    assert statuses(machine.check_room("here"))["disk"] == "failure"
+    monkeypatch.setattr(machine, "_LEAST_DISK_GB", 0)
+    monkeypatch.setattr(machine, "_LITTLE_DISK_GB", 0)
+    assert statuses(machine.check_room("here", 0)) == {"disk": "ok", "shared memory": "ok"}
+
+
+def test_gpus_that_are_asked_for_and_missing_are_a_failure(monkeypatch):
+    monkeypatch.setattr(machine, "_gpus", lambda: iter(["card 80 GiB"]))
+    [one] = machine.check_gpus("here", 1)
+    assert (one.status, one.found) == ("ok", "card 80 GiB")
+    [two] = machine.check_gpus("here", 2)
+    assert two.status == "failure"
+    assert "the config asks for 2" in two.found
+
+
+def test_storage_is_written_read_listed_and_deleted(tmp_path):
+    assert statuses(services.check_storage("here", str(tmp_path))) == {"storage": "ok"}
+    assert not list(tmp_path.iterdir())
+    assert statuses(services.check_storage("here", str(tmp_path / "new"))) == {"storage": "ok"}
+    assert not (tmp_path / "new").exists()
+
+
+def test_storage_that_loses_or_forbids_is_a_failure(tmp_path, monkeypatch):
+    def refuse(self, prefix):
+        raise PermissionError("not for you")
+
+    monkeypatch.setattr("cluster.storage.LocalStorage.delete", refuse)
+    found = list(services.check_storage("here", str(tmp_path)))
+    assert statuses(found)["storage, delete"] == "failure"
+    assert "the right to delete" in found[0].fix
+    monkeypatch.setattr("cluster.storage.LocalStorage.read", lambda self, key: b"other")
+    assert statuses(services.check_storage("here", str(tmp_path)))["storage, read"] == "failure"
+
+
+@pytest.mark.parametrize(("offset_s", "status"), [(0, "ok"), (60, "warning"), (-3600, "failure")])
+def test_clock_is_compared_with_the_server(server, monkeypatch, offset_s, status):
+    url, answer = server
+    stamp = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() - offset_s))
+    answer["headers"]["Date"], answer["status"] = stamp, 403
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
+    [check] = services.check_clock("here", "s3://bucket/x")
+    assert check.status == status, check
+
+
+def test_endpoint_that_anybody_reaches_needs_keys(tmp_path, monkeypatch):
+    monkeypatch.delenv(services.API_KEYS_VARIABLE, raising=False)
+    open_door = made(tmp_path, serve={"host": "0.0.0.0"})
+    assert statuses(services.check_endpoint("here", open_door)) == {"endpoint keys": "failure"}
+    assert statuses(services.check_endpoint("here", made(tmp_path))) == {"endpoint keys": "ok"}
+    keys = tmp_path / "keys"
+    monkeypatch.setenv(services.API_KEYS_VARIABLE, str(keys))
+    assert statuses(services.check_endpoint("here", open_door)) == {"endpoint keys": "failure"}
+    keys.write_text("x")
+    assert statuses(services.check_endpoint("here", open_door)) == {"endpoint keys": "ok"}
+
+
+def test_records_in_files_of_a_job_would_be_lost(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("RAYSTILL_DATABASE_URL", raising=False)
+    for lost, status in ((False, "ok"), (True, "failure")):
+        assert statuses(services.check_tracking("here", tmp_path, lost)) == {"MLflow": status}
+        assert statuses(services.check_database("here", tmp_path, lost)) == {"champions": status}
+
+
+def test_mlflow_that_does_not_answer_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:word@127.0.0.1:{free_port()}")
+    [check] = services.check_tracking("here", tmp_path, False)
+    assert check.status == "failure"
+    assert "word" not in check.found
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.3.4.5"])
+def test_loopback_is_known(host):
+    assert services.is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "head", "::"])
+def test_what_others_reach_is_no_loopback(host):
+    assert not services.is_loopback(host)
+
+
+def test_dashboard_open_or_closed(server, monkeypatch):
+    url, answer = server
+    assert statuses(check_dashboard(url)) == {"authentication": "warning"}
+    answer["status"] = 401
+    assert statuses(check_dashboard(url)) == {"authentication": "ok"}
+    monkeypatch.setattr("jobs.examining.ray_cluster.is_loopback", lambda host: False)
+    assert statuses(check_dashboard(url)) == {"authentication": "ok", "encryption": "warning"}
+    answer["status"] = 200
+    assert statuses(check_dashboard(url))["authentication"] == "failure"
+    assert statuses(check_dashboard(f"http://127.0.0.1:{free_port()}")) == {"dashboard": "failure"}
+
+
+def test_report_from_inside_is_the_line_of_json():
+    assert from_inside('Running\n{"checks": [], "versions": {}}\n', "x") == {"checks": [], "versions": {}}
+    [check] = guarded("cluster", "nodes", lambda: [from_inside("Traceback\nValueError: no", "http://head")])
+    assert check.status == "failure"
+    assert "ValueError: no" in check.found
+
+
+def test_a_check_that_raises_is_a_failure_and_not_an_end():
+    def broken():
+        yield Check("here", "first", "ok", "fine")
+        raise ZeroDivisionError("what")
+
+    [check] = guarded("here", "thing", broken)
+    assert (check.status, check.found) == ("failure", "ZeroDivisionError: what")
+    assert str(line_of(check)) == "failure here: thing: ZeroDivisionError: what"
+
+
+def test_examine_a_config_looks_at_what_it_needs(tmp_path):
+    found = statuses(examine(made(tmp_path), None))
+    assert {
+        "python",
+        "ray",
+        "torch",
+        "disk",
+        "storage",
+        "clock",
+        "MLflow",
+        "champions",
+        "endpoint keys",
+    } <= found.keys()
+    assert "failure" not in {status for what, status in found.items() if what not in ("disk", "shared memory")}
+
+
+def test_doctor_command_ends_with_one_where_something_fails(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps(json.loads(made(tmp_path).model_dump_json(by_alias=True))))
+    bad = raystill("doctor", config, "serve.host=0.0.0.0", "--json", cwd=tmp_path)
+    assert bad.returncode == 1
+    report = last_json(bad.stdout)
+    assert report["failures"] >= 1
+    assert "endpoint keys" in [check["what"] for check in report["checks"] if check["status"] == "failure"]
+    lines = raystill("doctor", config, cwd=tmp_path).stdout.splitlines()
+    assert len(lines) == len(report["checks"]) + 1
+    assert all(line.startswith(("ok", "warning", "failure")) for line in lines[:-1])
