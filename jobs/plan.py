@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from cluster.config import Config
+from cluster.pools import most
 from jobs.config import RunConfig
 from jobs.planning.cards import Card, find_card
 from jobs.planning.sizes import ModelSize, model_sizes
@@ -56,7 +57,7 @@ def plan(config: RunConfig, options: PlanOptions) -> dict[str, Any]:
     step_tokens = config.train.global_batch * length
     tokens = options.tokens or float(config.train.steps * step_tokens)
     card = find_card(options.student_card, options.prices)
-    cards = options.students or config.train.num_workers
+    cards = options.students or most(config.train.num_workers)
     signal = _signal(config, of_teacher) if config.distils and of_teacher is not None else None
     flops = _student_flops(config, of_student, of_teacher if signal and signal["kind"] == "hidden" else None)
     student = _side(of_student, card, cards, flops, options.student_utilisation, _student_bytes(config, of_student))
