@@ -7,7 +7,7 @@ import pytest
 
 from tests.command_line import environment, last_json
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 def test_replicas_and_workers_run_on_the_nodes_with_their_labels(tmp_path):
@@ -17,7 +17,7 @@ def test_replicas_and_workers_run_on_the_nodes_with_their_labels(tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=850,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = last_json(done.stdout)
