@@ -108,7 +108,7 @@ def _initialised() -> Iterator[tuple[str, Path]]:
         directory = Path(name, "terraform")
         shutil.copytree(HERE / "terraform", directory, ignore=shutil.ignore_patterns(".terraform*", "*.tfstate*"))
         try:
-            run(terraform, f"-chdir={directory}", "init", "-backend=false", "-input=false", "-no-color", timeout=120)
+            run(terraform, f"-chdir={directory}", "init", "-backend=false", "-input=false", "-no-color", timeout=60)
         except (Failed, subprocess.TimeoutExpired) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = next((line for line in lines if line.startswith("Error")), "no answer")
