@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-_START_S = 300
-"""For a node to appear; half a second is usual, and a machine with much other work takes minutes."""
+_TRIES = 5
+"""Times that a node is started: a raylet gives up whose agents take longer than fifteen seconds to begin, as they do on
+a machine with much other work."""
 
 
 class RayCluster:
@@ -74,7 +75,6 @@ def running(variables: dict[str, str] | None = None, **head: Any) -> Iterator[Ra
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})}
         environment.pop("RAY_ADDRESS", None)
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
-        environment["RAY_raylet_start_wait_time_s"] = str(_START_S)
         with Path(directory, "cluster.err").open("w") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.ray_cluster", directory, json.dumps(head)],
@@ -106,22 +106,38 @@ def main() -> None:
     ray._private.utils.write_ray_address = lambda address, directory=None: None  # others on this host look there
     common = {"temp_dir": directory, "object_store_memory": 100 << 20}
     cluster = Cluster()
-    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port()}
-    first = cluster.add_node(wait=False, **dashboard, **common, **head)
-    cluster._wait_for_node(first, _START_S)
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    first = _added(cluster, **dashboard, **common, **head)
     nodes = {first.node_id: first}
     _answer({"address": cluster.address, "dashboard": f"http://{first.webui_url}", "node": first.node_id})
     for line in sys.stdin:
         order = json.loads(line)
         if "add" in order:
-            node = cluster.add_node(wait=False, **common, **order["add"])
-            cluster._wait_for_node(node, _START_S)
+            node = _added(cluster, **common, **order["add"])
             nodes[node.node_id] = node
             _answer({"node": node.node_id})
         else:
             cluster.remove_node(nodes.pop(order["kill"]), allow_graceful=False)
             _answer({"node": order["kill"]})
     cluster.shutdown()
+
+
+def _agent_ports() -> dict[str, int]:
+    """Ports of a node's dashboard and agents. Left to Ray, one is the same for every cluster of the host, and a head
+    without its agent takes no jobs."""
+    agents = ("dashboard_agent_listen", "metrics_agent", "metrics_export", "runtime_env_agent")
+    return {f"{name}_port": _free_port() for name in ("dashboard", *agents)}
+
+
+def _added(cluster: Any, **arguments: Any) -> Any:
+    """A node that is there."""
+    for left in reversed(range(_TRIES)):
+        try:
+            return cluster.add_node(**_agent_ports(), **arguments)
+        except Exception:  # Ray raises that very class
+            if not left:
+                raise
+    raise AssertionError("not reached")
 
 
 def _answer(values: dict[str, Any]) -> None:
