@@ -65,7 +65,7 @@ class Submissions:
         ClusterUnreachable: nobody answers there, or not to this token.
     """
 
-    def __init__(self, address: str, patience_s: float = 120.0) -> None:
+    def __init__(self, address: str, patience_s: float = 300.0) -> None:
         self.address = check_dashboard_address(address)
         self._patience_s = patience_s
         _use_token()
