@@ -58,12 +58,11 @@ def examine(config: RunConfig | None, address: str | None) -> list[Check]:
     return checks
 
 
-def examine_from_inside(config: RunConfig | None) -> dict[str, Any]:
+def examine_from_inside(config: RunConfig) -> dict[str, Any]:
     """What the job of a doctor reports: every node's checks and versions, and the services as its head reaches them."""
     report = nodes_report()
     checks = [item for node in report.values() for item in node["checks"]]
-    if config is not None:
-        checks += [check.as_json() for check in _examine_services("head", config)]
+    checks += [check.as_json() for check in _examine_services("head", config)]
     return {"checks": checks, "versions": {name: node["versions"] for name, node in report.items()}}
 
 
