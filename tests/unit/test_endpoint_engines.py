@@ -58,7 +58,7 @@ def prompts(number: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
 def test_answers_are_the_same_alone_and_among_fifteen_others(model: ServedModel, temperature: float) -> None:
-    sampling = Sampling(40, temperature=temperature, top_p=0.9, top_logprobs=3, seed=5)
+    sampling = Sampling(24, temperature=temperature, top_p=0.9, top_logprobs=3, seed=5)
     requests = [(ids, replace(sampling, seed=number)) for number, ids in enumerate(prompts(16))]
     together = answers(model, requests)
     for request, found in zip(requests, together, strict=True):
@@ -73,13 +73,15 @@ def test_answers_are_the_same_alone_and_among_fifteen_others(model: ServedModel,
 
 
 def test_prompts_in_one_request_are_numbered_in_order(model: ServedModel) -> None:
+    texts = ["the cat", "a hat on 猫", "mat"]
+
     async def ask() -> list[Piece]:
-        running = model.submit(prompts(3), Sampling(0, echo=True, num_choices=2))
-        assert await anext(running) == sum(map(len, prompts(3)))
+        prompt_ids = [model.encode(text) for text in texts]
+        running = model.submit(prompt_ids, Sampling(0, echo=True, num_choices=2))
+        assert await anext(running) == sum(map(len, prompt_ids))
         return [piece async for piece in running if isinstance(piece, Piece)]
 
     found = {piece.index: piece.text for piece in asyncio.run(ask()) if piece.text}
-    texts = [b"".join(map(VOCABULARY.bytes_of, ids)).decode("utf-8", "replace") for ids in prompts(3)]
     assert [found[index] for index in range(6)] == [text for text in texts for _ in range(2)]
 
 

@@ -94,10 +94,9 @@ def _packed(module: nn.Linear, dtype: torch.dtype) -> nn.Module:
     if type(weight.data) is Tensor or type(weight) is nn.Parameter:
         return PackedLinear(weight, module.bias)
     integers, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
-    per_output = scale is not None and scale.numel() == module.out_features
     plain = getattr(weight, "act_quant_kwargs", None) is None and getattr(weight, "zero_point", None) is None
-    if integers is None or not plain or not per_output:
-        return module
+    if integers is None or scale is None or scale.numel() != module.out_features or not plain:
+        return module  # of another layout, or one that rounds activations too
     if dtype == torch.bfloat16:
         return Int8Linear(integers, scale.flatten(), module.bias)
     return PackedLinear(weight.dequantize().to(dtype), module.bias)

@@ -118,7 +118,10 @@ class _Step:
 
     def __init__(self, arenas: dict[int, tuple[Tensor, Tensor]], num_units: int, reads: list[Read]) -> None:
         self.arenas, self._num_units = arenas, num_units
-        rows, columns, positions, kept = 0, [], [], []
+        rows = 0
+        columns: list[int] = []
+        positions: list[int] = []
+        kept: list[int] = []
         self.chunks: list[_Chunk] = []
         short: list[tuple[int, int, int]] = []
         for read in reads:

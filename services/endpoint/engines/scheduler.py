@@ -299,7 +299,7 @@ class Scheduler:
         token_ids, num_echoed = choice.prompt.token_ids, 0
         if choice.job.sampling.echo:
             stream = TextStream(self._vocabulary, (), [])
-            logprobs = choice.prompt.logprobs or [None] * len(token_ids)
+            logprobs: list[TokenLogprob] | list[None] = choice.prompt.logprobs or [None] * len(token_ids)
             parts = [stream.push(token_id, logprob) for token_id, logprob in zip(token_ids, logprobs, strict=True)]
             parts.append(stream.finish())
             text = "".join(text for text, _ in parts)
