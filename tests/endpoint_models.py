@@ -1,5 +1,6 @@
 """Random, tiny versions for the tests of the endpoint: a Llama with a byte-level tokenizer, published and crowned."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from cluster import champions, promotions
 from cluster.published import manifest_sha256, publish_directory
 from cluster.storage import open_storage
+from services.endpoint.decoding import Piece, joined
+from services.endpoint.model import ServedModel
+from services.endpoint.schema import Sampling
 
 NUM_PADDING = 40
 """Rows of the embedding behind the tokenizer's last id."""
@@ -74,3 +78,22 @@ def crown_version(database: str, model_name: str, version: str, uri: str, manife
         return champion
     finally:
         engine.dispose()
+
+
+def answer(model: ServedModel, prompt_ids: list[int], sampling: Sampling) -> list[Piece]:
+    """The whole choices of an answer."""
+    return answers(model, [(prompt_ids, sampling)])[0]
+
+
+def answers(model: ServedModel, requests: list[tuple[list[int], Sampling]]) -> list[list[Piece]]:
+    """The answers to requests that come at the same time."""
+
+    async def one(prompt_ids: list[int], sampling: Sampling) -> list[Piece]:
+        running = model.submit([prompt_ids], sampling)
+        assert await anext(running) == len(prompt_ids)
+        return joined([piece async for piece in running if isinstance(piece, Piece)])
+
+    async def together() -> list[list[Piece]]:
+        return list(await asyncio.gather(*(one(*request) for request in requests)))
+
+    return asyncio.run(together())

@@ -5,11 +5,9 @@ A whole answer is made by joining the pieces that a stream would have sent, so t
 
 import time
 import uuid
-from collections.abc import Iterable
 from typing import Protocol
 
-from services.endpoint.decoding import TokenLogprob, Vocabulary
-from services.endpoint.model import Piece
+from services.endpoint.decoding import Piece, TokenLogprob, Vocabulary, joined
 from services.endpoint.schema import (
     AnswerMessage,
     ChatChoice,
@@ -141,20 +139,3 @@ class ChatAnswer:
         data = self._vocabulary.bytes_of(token_id)
         token = data.decode("utf-8", "replace") or self._vocabulary.name_of(token_id)
         return {"token": token, "logprob": logprob, "bytes": list(data)}
-
-
-def joined(pieces: Iterable[Piece]) -> list[Piece]:
-    """One piece per choice, in order of their indexes."""
-    by_index: dict[int, list[Piece]] = {}
-    for piece in pieces:
-        by_index.setdefault(piece.index, []).append(piece)
-    return [
-        Piece(
-            index,
-            "".join(piece.text for piece in parts),
-            [token for piece in parts for token in piece.tokens],
-            sum(piece.num_sampled for piece in parts),
-            parts[-1].finish_reason,
-        )
-        for index, parts in sorted(by_index.items())
-    ]

@@ -11,7 +11,8 @@ import hmac
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ from services.endpoint.errors import ApiError, internal, invalid, unavailable
 from services.endpoint.following import ChampionFollower, Served
 from services.endpoint.model import Piece, ServedModel
 from services.endpoint.parsing import parse_request
-from services.endpoint.pool import DecodingPool, Running
+from services.endpoint.running import Running
 from services.endpoint.schema import (
     ChatRequest,
     CompletionRequest,
@@ -48,8 +49,8 @@ R = TypeVar("R", CompletionRequest, ChatRequest)
 Encode = Callable[[ServedModel], list[list[int]]]
 
 
-def build_api(arguments: EndpointArguments, follower: ChampionFollower, pool: DecodingPool) -> FastAPI:
-    """The application. `follower` and `pool` stay the caller's to stop."""
+def build_api(arguments: EndpointArguments, follower: ChampionFollower) -> FastAPI:
+    """The application. `follower` stays the caller's to stop."""
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     api.add_middleware(Envelope, keys=read_api_keys(os.environ.get(API_KEYS_VARIABLE)))
     api.add_exception_handler(ApiError, _answer_error)
@@ -62,7 +63,9 @@ def build_api(arguments: EndpointArguments, follower: ChampionFollower, pool: De
         if served is not None:
             state |= {"version": served.champion.version, "epoch": served.champion.epoch}
             state |= {"scheme": served.model.scheme, "promoted_at": served.champion.promoted_at}
-        state |= {"problem": follower.problem, "requests": pool.num_admitted}
+            load = served.model.load
+            state |= {"requests": load.running + load.waiting, "load": asdict(load)}
+        state |= {"problem": follower.problem}
         return JSONResponse(state, status_code=200 if served else 503)
 
     @api.get("/v1/models")
@@ -85,8 +88,10 @@ def build_api(arguments: EndpointArguments, follower: ChampionFollower, pool: De
             param = "n" if len(prompts) <= arguments.max_choices else "prompt"
             raise invalid(f"At most {arguments.max_choices} choices (prompts times n) in one request", param)
         answer = CompletionAnswer(asked.model, served.model.vocabulary, asked.logprobs is not None, asked.include_usage)
-        work = _work(served.model, lambda model: [model.encode(prompt) for prompt in prompts], sampling, "prompt")
-        return await respond(request, pool.start(work), answer, bool(asked.stream), asked.include_usage)
+        running = await _submit(
+            served.model, lambda model: [model.encode(prompt) for prompt in prompts], sampling, "prompt"
+        )
+        return await respond(request, running, answer, bool(asked.stream), asked.include_usage)
 
     @api.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -97,13 +102,10 @@ def build_api(arguments: EndpointArguments, follower: ChampionFollower, pool: De
             raise invalid(f"At most {arguments.max_choices} choices in one request", "n")
         template_arguments = asked.template_arguments()
         answer = ChatAnswer(asked.model, served.model.vocabulary, bool(asked.logprobs), asked.include_usage)
-        work = _work(
-            served.model,
-            lambda model: [model.encode_chat(asked.messages, template_arguments)],
-            sampling,
-            "messages",
+        running = await _submit(
+            served.model, lambda model: [model.encode_chat(asked.messages, template_arguments)], sampling, "messages"
         )
-        return await respond(request, pool.start(work), answer, bool(asked.stream), asked.include_usage)
+        return await respond(request, running, answer, bool(asked.stream), asked.include_usage)
 
     def current() -> Served:
         served = follower.served
@@ -129,25 +131,20 @@ def build_api(arguments: EndpointArguments, follower: ChampionFollower, pool: De
 # --- one request ------------------------------------------------------------------------------------------------------
 
 
-def _work(
-    model: ServedModel, encode: Encode, sampling: Sampling, param: str
-) -> Callable[[Callable[[], bool]], Iterator[int | Piece]]:
-    """What the pool runs: first the number of prompt tokens, then the pieces of all choices."""
+async def _submit(model: ServedModel, encode: Encode, sampling: Sampling, param: str) -> Running:
+    """Tokenises off the event loop and starts the answer."""
 
-    def run(cancelled: Callable[[], bool]) -> Iterator[int | Piece]:
+    def checked() -> list[list[int]]:
         prompts = encode(model)
         for prompt_ids in prompts:
             model.check_length(prompt_ids, sampling, param)
-        yield sum(len(prompt_ids) for prompt_ids in prompts)
-        for number, prompt_ids in enumerate(prompts):
-            yield from model.generate(prompt_ids, sampling, cancelled, first_index=number * sampling.num_choices)
+        return prompts
 
-    return run
+    model.check_room()
+    return model.submit(await asyncio.to_thread(checked), sampling)
 
 
-async def respond(
-    request: Request, running: Running[int | Piece], answer: Answer, stream: bool, include_usage: bool
-) -> Response:
+async def respond(request: Request, running: Running, answer: Answer, stream: bool, include_usage: bool) -> Response:
     """The answer to a request that is running: whole, or as a stream that begins once the prompt was accepted."""
     try:
         num_prompt_tokens = await anext(running)
@@ -161,7 +158,7 @@ async def respond(
         raise
 
 
-async def _collect(running: Running[int | Piece]) -> list[Piece]:
+async def _collect(running: Running) -> list[Piece]:
     return [piece async for piece in running if isinstance(piece, Piece)]
 
 
@@ -183,9 +180,7 @@ async def _unless_disconnected(request: Request, collecting: Any) -> list[Piece]
         watcher.cancel()
 
 
-async def _events(
-    running: Running[int | Piece], answer: Answer, num_prompt_tokens: int, include_usage: bool
-) -> AsyncIterator[str]:
+async def _events(running: Running, answer: Answer, num_prompt_tokens: int, include_usage: bool) -> AsyncIterator[str]:
     """Server-sent events; an error after the first one becomes an event and ends the stream."""
     num_sampled = 0
     try:
@@ -205,7 +200,7 @@ async def _events(
 class EventStream(StreamingResponse):
     """A stream of events whose work is cancelled when the client leaves, also before the first event."""
 
-    def __init__(self, events: AsyncIterator[str], running: Running[Any]) -> None:
+    def __init__(self, events: AsyncIterator[str], running: Running) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._running = running

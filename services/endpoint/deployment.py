@@ -19,8 +19,7 @@ from cluster.logs import setup_logging
 from cluster.resources import process_environment, threads_each
 from services.endpoint.api import API_KEYS_VARIABLE, build_api, read_api_keys
 from services.endpoint.following import ChampionFollower
-from services.endpoint.model import ServedModel
-from services.endpoint.pool import DecodingPool
+from services.endpoint.model import Capacity, ServedModel
 from services.endpoint.schema import EndpointArguments
 
 _UNCOUNTED_REQUESTS = 64
@@ -30,7 +29,7 @@ _UNCOUNTED_REQUESTS = 64
 @serve.deployment(graceful_shutdown_timeout_s=60)
 @serve.ingress()
 class Endpoint:
-    """A replica: the champion's model, threads that decode, and the HTTP interface."""
+    """A replica: the champion's model with its engine, and the HTTP interface."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         import torch
@@ -38,16 +37,19 @@ class Endpoint:
         setup_logging("INFO")
         self._arguments = EndpointArguments.model_validate(arguments)
         torch.set_num_threads(self._arguments.threads_per_replica or threads_each(self._arguments.replicas))
-        self._pool = DecodingPool(self._arguments.max_running, self._arguments.max_waiting)
         self._follower = ChampionFollower(self._arguments.model_name, self._arguments.database, self._load)
         self._follower.start(self._arguments.poll_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the constructor is done."""
-        return build_api(self._arguments, self._follower, self._pool)
+        return build_api(self._arguments, self._follower)
 
     def _load(self, directory: Path) -> ServedModel:
-        return ServedModel(directory, self._arguments.max_context_tokens, self._arguments.max_new_tokens)
+        arguments = self._arguments
+        capacity = Capacity(
+            arguments.max_running, arguments.max_waiting, arguments.max_cached_tokens, arguments.max_admitted_tokens
+        )
+        return ServedModel(directory, arguments.max_context_tokens, arguments.max_new_tokens, capacity, arguments.dtype)
 
 
 def app(args: dict[str, Any]) -> Application:

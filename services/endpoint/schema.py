@@ -30,10 +30,16 @@ class EndpointConfig(Config):
     """Default and upper bound of an answer's length."""
     max_choices: int = Field(64, ge=1)
     """Upper bound of prompts times `n` in one request."""
-    max_running: int = execution(2, ge=1)
-    """Requests that a replica decodes at the same time."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of a torch version's weights and arithmetic; `auto` is that of its files where the processor multiplies it."""
+    max_running: int = execution(16, ge=1)
+    """Choices that a replica decodes at the same time."""
     max_waiting: int = execution(32, ge=0)
-    """Requests that may wait in a replica; one more is answered 503 with Retry-After."""
+    """Requests that a replica admits beyond `max_running`; one more is answered 503 with Retry-After."""
+    max_cached_tokens: int = execution(16_384, ge=8)
+    """Tokens whose keys and values a replica keeps; a choice waits until its prompt and longest answer fit."""
+    max_admitted_tokens: int = execution(65_536, ge=8)
+    """Prompts and longest answers of all requests that run or wait; above it the next one is answered 503."""
     max_body_bytes: int = execution(1 << 20, ge=1024)
     """Larger request bodies are answered 413."""
 
