@@ -19,7 +19,7 @@ from cluster.logs import setup_logging
 from cluster.resources import process_environment, threads_each
 from services.endpoint.api import API_KEYS_VARIABLE, build_api, read_api_keys
 from services.endpoint.following import ChampionFollower
-from services.endpoint.model import ServedModel
+from services.endpoint.loading import AnyModel, load_model
 from services.endpoint.pool import DecodingPool
 from services.endpoint.schema import EndpointArguments
 
@@ -46,8 +46,8 @@ class Endpoint:
         """Called by Serve once the constructor is done."""
         return build_api(self._arguments, self._follower, self._pool)
 
-    def _load(self, directory: Path) -> ServedModel:
-        return ServedModel(directory, self._arguments.max_context_tokens, self._arguments.max_new_tokens)
+    def _load(self, directory: Path) -> AnyModel:
+        return load_model(directory, self._arguments)
 
 
 def app(args: dict[str, Any]) -> Application:
