@@ -118,13 +118,14 @@ def test_31_later_errors_are_events_that_end_the_stream(breaking: Endpoint) -> N
 
 @each_client
 def test_32_comments_keep_a_silent_stream_alive(
-    client: str, tiny: Endpoint, connect: Any, monkeypatch: pytest.MonkeyPatch
+    client: str, tiny: Endpoint, patient: Endpoint, connect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answering, "KEEP_ALIVE_S", 1e-5)  # shorter than a token takes
     api = connect(client, tiny)
     expected = api.chat(**chat(tiny))["choices"][0]["message"]["content"]
     if client == "raw":
-        answer = api.http.post("/v1/chat/completions", json=chat(tiny, stream=True))
+        long = chat(patient, stream=True, n=8, max_tokens=200, temperature=1.5)  # some token comes late
+        answer = connect(client, patient).http.post("/v1/chat/completions", json=long)
         assert answer.text.count("\n\n: keep-alive\n\n") >= 3
     assert content(api.chat_stream(**chat(tiny))) == expected
 
