@@ -195,22 +195,45 @@ def versions(
 
 
 @app.command()
-def serve(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Keep the OpenAI-style endpoint up with the champion, until Ctrl-C. Follows new champions by itself."""
+def serve(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="YAML file; left out with --model.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A model directory to serve as it is, without a registry.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="With --model: what clients call it (default: of DIR).")] = None,
+    host: Annotated[str | None, typer.Option(help="With --model: where it listens.")] = None,
+    port: Annotated[int | None, typer.Option(help="With --model: the port; 8000 by default.")] = None,
+) -> None:
+    """Keep the OpenAI-style endpoint up with the champion, until Ctrl-C; or, with --model, with any model directory."""
 
-    def work() -> None:
+    def champion() -> None:
         from cluster.connection import connect
+        from cluster.errors import ConfigError
         from jobs.serve import check_champion, serve_until_interrupted
         from services.endpoint.client import check_port_free
 
-        loaded = _load(config, overrides)
+        if config is None:
+            raise ConfigError("serve: neither CONFIG nor --model DIR; give one of the two")
+        for option, value in (("--name", name), ("--host", host), ("--port", port)):
+            if value is not None:
+                raise ConfigError(f"serve: {option} goes with --model; with CONFIG write serve.port=... and the like")
+        loaded = _load(Path(config), overrides)
         check_champion(loaded)
         if not loaded.cluster.resolved_address():  # a cluster may have a Serve there, for us to use
             check_port_free(loaded.serve.host, loaded.serve.port)
         with connect(loaded.cluster):
             serve_until_interrupted(loaded, typer.echo)
 
-    _guard(work, False)
+    def directory() -> None:
+        from jobs.serve_directory import directory_arguments, serve_directory
+
+        given = [*filter(None, [config]), *(overrides or [])]
+        serve_directory(*directory_arguments(str(model), name, given, host, port), typer.echo)
+
+    _guard(champion if model is None else directory, False)
 
 
 @app.command()

@@ -4,40 +4,41 @@ An ordinary ASGI application around whatever follows the champion; Ray Serve run
 tests. The Serve proxy gives every answer its `x-request-id`.
 """
 
-import asyncio
 import contextlib
 import hashlib
 import hmac
-import json
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import ConfigError
-from services.endpoint.answers import Answer, ChatAnswer, CompletionAnswer
-from services.endpoint.errors import ApiError, internal, invalid, unavailable
-from services.endpoint.following import ChampionFollower, Served
-from services.endpoint.model import Piece, ServedModel
-from services.endpoint.parsing import parse_request
-from services.endpoint.running import Running
+from services.endpoint.answering import respond, respond_at_once
+from services.endpoint.answers import ChatAnswer, CompletionAnswer, classifications_body, embeddings_body
+from services.endpoint.encoder_schema import ClassificationRequest, EmbeddingRequest
+from services.endpoint.encoders import EncoderModel
+from services.endpoint.errors import ApiError, internal, invalid, not_supported, unavailable
+from services.endpoint.following import Served
+from services.endpoint.model import ServedModel
+from services.endpoint.openapi import document
+from services.endpoint.reading import Reader
+from services.endpoint.reasoning import Reasoning, reasoning_for
 from services.endpoint.schema import (
     ChatRequest,
     CompletionRequest,
-    EndpointArguments,
     ModelCard,
     ModelList,
-    Sampling,
-    Usage,
+    RequestBody,
+    ServedArguments,
 )
 
 logger = logging.getLogger(__name__)
@@ -45,18 +46,42 @@ logger = logging.getLogger(__name__)
 API_KEYS_VARIABLE = "RAYSTILL_API_KEYS_FILE"
 """Environment variable with the path of a file that holds one key per line; unset, the interface is open."""
 
-R = TypeVar("R", CompletionRequest, ChatRequest)
-Encode = Callable[[ServedModel], list[list[int]]]
+R = TypeVar("R", bound=RequestBody)
+
+_READ = ["GET", "HEAD"]
+_DOES = {
+    "language_model": "continues texts; ask /v1/completions or /v1/chat/completions",
+    "embeddings": "is an encoder; ask /v1/embeddings",
+    "classifications": "is a classifier; ask /v1/classifications",
+}
 
 
-def build_api(arguments: EndpointArguments, follower: ChampionFollower) -> FastAPI:
+class Follower(Protocol):
+    """Where the model comes from."""
+
+    @property
+    def served(self) -> Served | None: ...
+
+    @property
+    def problem(self) -> str | None: ...
+
+
+def build_api(arguments: ServedArguments, follower: Follower) -> FastAPI:
     """The application. `follower` stays the caller's to stop."""
-    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    api.add_middleware(Envelope, keys=read_api_keys(os.environ.get(API_KEYS_VARIABLE)))
+    keys = read_api_keys(os.environ.get(API_KEYS_VARIABLE))
+    reader = Reader(arguments.max_body_bytes)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        reader.close()
+
+    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
+    api.add_middleware(Envelope, keys=keys)
     api.add_exception_handler(ApiError, _answer_error)
     api.add_exception_handler(HTTPException, _answer_error)
 
-    @api.get("/healthz")
+    @api.api_route("/healthz", methods=_READ)
     async def healthz() -> Response:
         served = follower.served
         state: dict[str, Any] = {"status": "ok" if served else "unavailable", "model": arguments.model_name}
@@ -68,11 +93,15 @@ def build_api(arguments: EndpointArguments, follower: ChampionFollower) -> FastA
         state |= {"problem": follower.problem}
         return JSONResponse(state, status_code=200 if served else 503)
 
-    @api.get("/v1/models")
+    @api.api_route("/openapi.json", methods=_READ)
+    async def openapi() -> Response:
+        return JSONResponse(document(arguments, with_keys=bool(keys)))
+
+    @api.api_route("/v1/models", methods=_READ)
     async def list_models() -> Response:
         return JSONResponse(ModelList(data=[_card(current())]).model_dump())
 
-    @api.get("/v1/models/{model:path}")
+    @api.api_route("/v1/models/{model:path}", methods=_READ)
     async def get_model(model: str) -> Response:
         served = current()
         check_model(model)
@@ -81,31 +110,72 @@ def build_api(arguments: EndpointArguments, follower: ChampionFollower) -> FastA
     @api.post("/v1/completions")
     async def completions(request: Request) -> Response:
         asked = await read(request, CompletionRequest)
-        served = current()
-        prompts = asked.prompts()
-        sampling = asked.sampling()
+        model = language_model(request)
+        prompts, sampling = asked.prompts(), asked.sampling()
         if len(prompts) * sampling.num_choices > arguments.max_choices:
             param = "n" if len(prompts) <= arguments.max_choices else "prompt"
             raise invalid(f"At most {arguments.max_choices} choices (prompts times n) in one request", param)
-        answer = CompletionAnswer(asked.model, served.model.vocabulary, asked.logprobs is not None, asked.include_usage)
-        running = await _submit(
-            served.model, lambda model: [model.encode(prompt) for prompt in prompts], sampling, "prompt"
-        )
+
+        def encode() -> list[list[int]]:
+            encoded = [model.encode(prompt) for prompt in prompts]
+            for prompt_ids in encoded:
+                model.check_length(prompt_ids, sampling, "prompt")
+            return encoded
+
+        model.check_room()
+        for prompt in prompts:
+            reader.check_may_fit(model, prompt, "prompt")
+        encoded = await reader.tokenise(sum(map(len, prompts)), encode)
+        running = model.submit(encoded, sampling)
+        answer = CompletionAnswer(asked.model, model.vocabulary, asked.logprobs is not None, asked.include_usage)
         return await respond(request, running, answer, bool(asked.stream), asked.include_usage)
 
     @api.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         asked = await read(request, ChatRequest)
-        served = current()
+        model = language_model(request)
         sampling = asked.sampling()
         if sampling.num_choices > arguments.max_choices:
             raise invalid(f"At most {arguments.max_choices} choices in one request", "n")
         template_arguments = asked.template_arguments()
-        answer = ChatAnswer(asked.model, served.model.vocabulary, bool(asked.logprobs), asked.include_usage)
-        running = await _submit(
-            served.model, lambda model: [model.encode_chat(asked.messages, template_arguments)], sampling, "messages"
-        )
+
+        def encode() -> tuple[list[int], Reasoning | None]:
+            prompt_ids = model.encode_chat(asked.messages, template_arguments)
+            model.check_length(prompt_ids, sampling, "messages")
+            return prompt_ids, reasoning_for(model.tokenizer, template_arguments, asked.wants_reasoning())
+
+        model.check_room()
+        reader.check_chat_may_fit(model, asked.messages)
+        num_characters = sum(len(message.text()) for message in asked.messages)
+        prompt_ids, reasoning = await reader.tokenise(num_characters, encode)
+        running = model.submit([prompt_ids], sampling)
+        answer = ChatAnswer(asked.model, model.vocabulary, bool(asked.logprobs), asked.include_usage, reasoning)
         return await respond(request, running, answer, bool(asked.stream), asked.include_usage)
+
+    @api.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        asked = await read(request, EmbeddingRequest)
+        model = encoder("embeddings", request)
+        model.check_dimensions(asked.dimensions)
+        texts = await encode_inputs(model, asked)
+
+        def work(cancelled: Callable[[], bool]) -> Iterator[str]:
+            vectors = model.embed(texts, cancelled, asked.dimensions)
+            yield embeddings_body(asked.model, vectors, asked.encoding_format == "base64", sum(map(len, texts)))
+
+        return await respond_at_once(request, model.start(work))
+
+    @api.post("/v1/classifications")
+    async def classifications(request: Request) -> Response:
+        asked = await read(request, ClassificationRequest)
+        model = encoder("classifications", request)
+        texts = await encode_inputs(model, asked)
+
+        def work(cancelled: Callable[[], bool]) -> Iterator[str]:
+            probabilities = model.classify(texts, cancelled)
+            yield classifications_body(asked.model, model.labels, probabilities, asked.top_k, sum(map(len, texts)))
+
+        return await respond_at_once(request, model.start(work))
 
     def current() -> Served:
         served = follower.served
@@ -113,13 +183,33 @@ def build_api(arguments: EndpointArguments, follower: ChampionFollower) -> FastA
             raise unavailable(f"No model is served: {follower.problem}", "model_not_ready", retry_after_s=5)
         return served
 
+    def language_model(request: Request) -> ServedModel:
+        served = current().model
+        if isinstance(served, EncoderModel):
+            raise not_supported(request.url.path, arguments.model_name, _DOES[served.kind])
+        return served
+
+    def encoder(kind: str, request: Request) -> EncoderModel:
+        served = current().model
+        if not isinstance(served, EncoderModel) or served.kind != kind:
+            does = _DOES[served.kind if isinstance(served, EncoderModel) else "language_model"]
+            raise not_supported(request.url.path, arguments.model_name, does)
+        return served
+
+    async def encode_inputs(model: EncoderModel, asked: EmbeddingRequest | ClassificationRequest) -> list[list[int]]:
+        inputs = asked.inputs()
+        if len(inputs) > arguments.max_inputs:
+            raise invalid(f"At most {arguments.max_inputs} inputs in one request, found {len(inputs)}", "input")
+        size = sum(map(len, inputs))
+        return await reader.tokenise(size, lambda: [model.encode(text, bool(asked.truncate)) for text in inputs])
+
     def check_model(model: str) -> None:
         if model != arguments.model_name:
             message = f"The model {model[:128]!r} does not exist; this endpoint serves {arguments.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def read(request: Request, kind: type[R]) -> R:
-        asked = parse_request(kind, await _read_body(request, arguments.max_body_bytes))
+        asked = await reader.parse(request, kind)
         check_model(asked.model)
         if unknown := asked.unknown_keys():
             logger.info("Ignored unknown keys of a request: %.200r", unknown)
@@ -128,121 +218,12 @@ def build_api(arguments: EndpointArguments, follower: ChampionFollower) -> FastA
     return api
 
 
-# --- one request ------------------------------------------------------------------------------------------------------
-
-
-async def _submit(model: ServedModel, encode: Encode, sampling: Sampling, param: str) -> Running:
-    """Tokenises off the event loop and starts the answer."""
-
-    def checked() -> list[list[int]]:
-        prompts = encode(model)
-        for prompt_ids in prompts:
-            model.check_length(prompt_ids, sampling, param)
-        return prompts
-
-    model.check_room()
-    return model.submit(await asyncio.to_thread(checked), sampling)
-
-
-async def respond(request: Request, running: Running, answer: Answer, stream: bool, include_usage: bool) -> Response:
-    """The answer to a request that is running: whole, or as a stream that begins once the prompt was accepted."""
-    try:
-        num_prompt_tokens = await anext(running)
-        assert isinstance(num_prompt_tokens, int)
-        if stream:
-            return EventStream(_events(running, answer, num_prompt_tokens, include_usage), running)
-        pieces = await _unless_disconnected(request, _collect(running))
-        return Response(answer.whole(pieces, _usage(num_prompt_tokens, pieces)), media_type="application/json")
-    except BaseException:
-        running.cancel()
-        raise
-
-
-async def _collect(running: Running) -> list[Piece]:
-    return [piece async for piece in running if isinstance(piece, Piece)]
-
-
-async def _unless_disconnected(request: Request, collecting: Any) -> list[Piece]:
-    """The result of `collecting`, or `ClientDisconnect` as soon as nobody waits for it."""
-
-    async def disconnect() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    collector, watcher = asyncio.ensure_future(collecting), asyncio.ensure_future(disconnect())
-    try:
-        await asyncio.wait({collector, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not collector.done():
-            raise ClientDisconnect
-        return collector.result()
-    finally:
-        collector.cancel()
-        watcher.cancel()
-
-
-async def _events(running: Running, answer: Answer, num_prompt_tokens: int, include_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events; an error after the first one becomes an event and ends the stream."""
-    num_sampled = 0
-    try:
-        async for piece in running:
-            assert isinstance(piece, Piece)
-            num_sampled += piece.num_sampled
-            for chunk in answer.chunks(piece):
-                yield f"data: {chunk}\n\n"
-        if include_usage:
-            yield f"data: {answer.usage_chunk(_usage(num_prompt_tokens, [], num_sampled))}\n\n"
-        yield "data: [DONE]\n\n"
-    except Exception:
-        logger.exception("A streamed answer failed")
-        yield f"data: {json.dumps(internal().envelope())}\n\n"
-
-
-class EventStream(StreamingResponse):
-    """A stream of events whose work is cancelled when the client leaves, also before the first event."""
-
-    def __init__(self, events: AsyncIterator[str], running: Running) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._running = running
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._running.cancel()
-
-
-def _usage(num_prompt_tokens: int, pieces: list[Piece], num_sampled: int = 0) -> Usage:
-    num_sampled += sum(piece.num_sampled for piece in pieces)
-    return Usage(
-        prompt_tokens=num_prompt_tokens,
-        completion_tokens=num_sampled,
-        total_tokens=num_prompt_tokens + num_sampled,
-    )
-
-
 def _card(served: Served) -> ModelCard:
     created = int(datetime.fromisoformat(served.champion.promoted_at).timestamp())
     return ModelCard(id=served.champion.model_name, created=created)
 
 
 # --- around every request ---------------------------------------------------------------------------------------------
-
-
-async def _read_body(request: Request, limit_bytes: int) -> bytes:
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise ApiError(415, f"Expected content-type application/json, found {media_type[:64]}")
-    too_large = ApiError(413, f"The request body is larger than {limit_bytes} bytes", code="request_too_large")
-    with contextlib.suppress(ValueError):
-        if int(request.headers.get("content-length", "0")) > limit_bytes:
-            raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
-            raise too_large
-    return bytes(body)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

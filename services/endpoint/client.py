@@ -11,7 +11,7 @@ from typing import Any
 from cluster.connection import while_ray_lives
 from cluster.errors import PortInUse
 from services.endpoint.errors import EndpointUnavailable
-from services.endpoint.schema import EndpointConfig
+from services.endpoint.schema import DirectoryArguments, EndpointConfig
 
 APP_NAME = "endpoint"
 
@@ -53,6 +53,35 @@ def start_endpoint(
                 time.sleep(3600)
         except KeyboardInterrupt:
             stop_endpoint()
+    return url
+
+
+def start_directory(arguments: DirectoryArguments, timeout_s: float = 600.0) -> str:
+    """Runs the endpoint around a plain model directory, as `start_endpoint` does around a champion.
+
+    Raises:
+        PortInUse: as `start_endpoint`.
+        EndpointUnavailable: the model could not be loaded, or not in time.
+    """
+    from ray import serve
+
+    from services.endpoint.fixed_deployment import app
+
+    application = app(arguments.model_dump())
+    start_serve(arguments.host, arguments.port)
+    if APP_NAME in serve.status().applications:
+        raise PortInUse(
+            f"endpoint: asked to serve {arguments.directory} on {arguments.host}:{arguments.port}, but an endpoint "
+            "runs on this Ray already: stop that one, or use another cluster"
+        )
+    try:
+        serve.run(application, name=APP_NAME, route_prefix="/", blocking=False)
+    except RuntimeError as error:  # the replica's constructor failed; Serve says how in its log
+        raise EndpointUnavailable(
+            f"endpoint: {arguments.directory} could not be loaded ({str(error).splitlines()[0]}); see the log"
+        ) from error
+    url = base_url(arguments)
+    wait_healthy(url, timeout_s)
     return url
 
 

@@ -19,7 +19,7 @@ from cluster.logs import setup_logging
 from cluster.resources import process_environment, threads_each
 from services.endpoint.api import API_KEYS_VARIABLE, build_api, read_api_keys
 from services.endpoint.following import ChampionFollower
-from services.endpoint.model import Capacity, ServedModel
+from services.endpoint.loading import AnyModel, load_model
 from services.endpoint.schema import EndpointArguments
 
 _UNCOUNTED_REQUESTS = 64
@@ -44,12 +44,8 @@ class Endpoint:
         """Called by Serve once the constructor is done."""
         return build_api(self._arguments, self._follower)
 
-    def _load(self, directory: Path) -> ServedModel:
-        arguments = self._arguments
-        capacity = Capacity(
-            arguments.max_running, arguments.max_waiting, arguments.max_cached_tokens, arguments.max_admitted_tokens
-        )
-        return ServedModel(directory, arguments.max_context_tokens, arguments.max_new_tokens, capacity, arguments.dtype)
+    def _load(self, directory: Path) -> AnyModel:
+        return load_model(directory, self._arguments)
 
 
 def app(args: dict[str, Any]) -> Application:

@@ -19,7 +19,7 @@ from cluster.champions import Champion, current_champion, open_database
 from cluster.errors import CorruptArtifact
 from cluster.published import check_version_files, fetch_directory, manifest_sha256
 from cluster.storage import split_uri
-from services.endpoint.model import ServedModel
+from services.endpoint.loading import AnyModel
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +31,13 @@ class Served:
     """The champion and its model."""
 
     champion: Champion
-    model: ServedModel
+    model: AnyModel
 
 
 class ChampionFollower:
     """Follows one row of the champions table. One thread polls; `served` and `problem` are read by any."""
 
-    def __init__(self, model_name: str, database: str, load: Callable[[Path], ServedModel]) -> None:
+    def __init__(self, model_name: str, database: str, load: Callable[[Path], AnyModel]) -> None:
         self.served: Served | None = None
         self.problem: str | None = "the endpoint is starting"
         """Why the champion is not what serves; None when all is well. Fit for the public: no paths, no addresses."""

@@ -49,7 +49,7 @@ class ServedModel:
         """
         from transformers import AutoTokenizer
 
-        self.scheme = json.loads((directory / MANIFEST).read_text(encoding="utf-8")).get("scheme", "float")
+        self.scheme = _read_json(directory / MANIFEST).get("scheme", "float")
         config = _read_json(directory / "config.json")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(directory))

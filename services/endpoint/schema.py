@@ -30,6 +30,8 @@ class EndpointConfig(Config):
     """Default and upper bound of an answer's length."""
     max_choices: int = Field(64, ge=1)
     """Upper bound of prompts times `n` in one request."""
+    max_inputs: int = Field(2048, ge=1)
+    """Upper bound of texts in one request to an encoder."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of a torch version's weights and arithmetic; `auto` is that of its files where the processor multiplies it."""
     max_running: int = execution(16, ge=1)
@@ -44,13 +46,25 @@ class EndpointConfig(Config):
     """Larger request bodies are answered 413."""
 
 
-class EndpointArguments(EndpointConfig):
-    """What the application is built from: `serve run services.endpoint.deployment:app model_name=... database=...`."""
+class ServedArguments(EndpointConfig):
+    """What the HTTP interface needs to know, wherever its model comes from."""
 
     model_name: str = Field(min_length=1)
-    """The registered model whose champion is served."""
+    """What clients call the model: the registered one whose champion is served, or the name given to a directory."""
+
+
+class EndpointArguments(ServedArguments):
+    """What the application is built from: `serve run services.endpoint.deployment:app model_name=... database=...`."""
+
     database: str = Field(min_length=1)
     """SQLAlchemy URL of the database that holds the champion's row."""
+
+
+class DirectoryArguments(ServedArguments):
+    """What the application around one plain directory is built from."""
+
+    directory: str = Field(min_length=1)
+    """A model directory that every replica reaches, in any form that `cluster.pretrained.locate` takes."""
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -81,13 +95,23 @@ class StreamOptions(BaseModel):
 
 
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+TemplateText = Annotated[str, StringConstraints(max_length=4096)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
-class _Request(BaseModel):
+class RequestBody(BaseModel):
+    """What every request has: the model's name, and keys that nobody knows, which are ignored."""
+
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
     model: str
+
+    def unknown_keys(self) -> list[str]:
+        """Keys of the body that are ignored, apart from those that OpenAI's clients send and that change nothing."""
+        return sorted((self.model_extra or {}).keys() - UNSUPPORTED.keys() - _TOLERATED)
+
+
+class _SamplingRequest(RequestBody):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
@@ -100,19 +124,15 @@ class _Request(BaseModel):
     def _check_common(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is only allowed when stream is true", "stream_options")
-        for name, neutral in _UNSUPPORTED.items():
+        for name, neutral in UNSUPPORTED.items():
             value = (self.model_extra or {}).get(name)
-            if value is not None and value not in neutral:
+            if value is not None and (isinstance(value, bool) or value not in neutral):
                 raise invalid(f"{name} is not supported by this endpoint; leave it out", name, "unsupported_parameter")
         return self
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
-
-    def unknown_keys(self) -> list[str]:
-        """Keys of the body that are ignored, apart from those that OpenAI's clients send and that change nothing."""
-        return sorted((self.model_extra or {}).keys() - _UNSUPPORTED.keys() - _TOLERATED)
 
     def _sampling(self, **fields: Any) -> Sampling:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -126,7 +146,7 @@ class _Request(BaseModel):
         )
 
 
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "frequency_penalty": (0,),
@@ -154,22 +174,32 @@ _TOLERATED = {
     "prompt_cache_key",
 }
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+# A list ends at its first mistake: one message is wanted, and a body may hold half a million of them.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+ManyTokenIds = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+TextOrTokens = str | TokenIds | Texts | ManyTokenIds
+"""One text, one text's token ids, several texts, or the token ids of several."""
 
 
-class CompletionRequest(_Request):
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+def one_by_one(given: TextOrTokens) -> list[str | list[int]]:
+    """The texts of a request, each as text or token ids."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [given]
+    return list(given)
+
+
+class CompletionRequest(_SamplingRequest):
+    prompt: TextOrTokens
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one, each a text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+        return one_by_one(self.prompt)
 
     def sampling(self) -> Sampling:
         return self._sampling(max_new_tokens=self.max_tokens, top_logprobs=self.logprobs, echo=bool(self.echo))
@@ -186,7 +216,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True)
 
     role: Role
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @field_validator("content")
@@ -202,15 +232,19 @@ class ChatMessage(BaseModel):
         return self.content or ""
 
 
-class ChatRequest(_Request):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
+class ChatRequest(_SamplingRequest):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+    chat_template_kwargs: (
+        Annotated[dict[str, bool | int | float | TemplateText | None], Field(max_length=64, fail_fast=True)] | None
+    ) = None
     enable_thinking: bool | None = None
-    """The same as `chat_template_kwargs: {"enable_thinking": ...}`."""
+    """The same as `chat_template_kwargs: {"enable_thinking": ...}`; false also means that no reasoning is returned."""
+    return_reasoning: bool | None = None
+    """Whether the answer has `reasoning_content`; by default it has, if the model's template has a thinking block."""
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
@@ -224,6 +258,10 @@ class ChatRequest(_Request):
         if self.enable_thinking is not None:
             arguments["enable_thinking"] = self.enable_thinking
         return arguments
+
+    def wants_reasoning(self) -> bool:
+        """Whether reasoning, if there is any, is part of the answer."""
+        return self.return_reasoning is not False and self.template_arguments().get("enable_thinking") is not False
 
     def sampling(self) -> Sampling:
         return self._sampling(
@@ -286,6 +324,8 @@ class ChatLogprobs(BaseModel):
 class AnswerMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
+    reasoning_content: str | None = Field(None, exclude_if=lambda value: value is None)
+    """What the model thought in front of its answer; absent for models without a thinking block, and if unwanted."""
 
 
 class ChatChoice(BaseModel):
@@ -307,7 +347,7 @@ class ChatCompletion(BaseModel):
 class ChatChunkChoice(BaseModel):
     index: int
     delta: dict[str, str]
-    """`role` and empty `content` first, then `content`, at last nothing."""
+    """`role` and empty `content` first, then `reasoning_content` or `content`, at last nothing."""
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
 
