@@ -41,6 +41,7 @@ NUMERIC = sorted(
     }
     | {name for name in MODULES if name.startswith("jobs.training.targets")}
     | {"services.teacher.scoring", "services.teacher.model", "services.endpoint.model", "services.endpoint.decoding"}
+    | {name for name in MODULES if name.startswith("services.endpoint.engines")}
 )
 """These know torch and not Ray, not even inside a function."""
 COMMANDS = [item.name or item.callback.__name__ for item in app.registered_commands]

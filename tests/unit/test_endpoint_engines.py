@@ -7,20 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from cluster.errors import ModelError
 from services.endpoint.decoding import Piece, Vocabulary
 from services.endpoint.engines.base import Engine, Place, Read
-from services.endpoint.engines.loading import choose_dtype, torch_engine
+from services.endpoint.engines.loading import torch_engine
 from services.endpoint.engines.ragged import UNIT, RaggedEngine
 from services.endpoint.engines.scheduler import END, Capacity, Load, Scheduler
 from services.endpoint.engines.separate import SeparateEngine
 from services.endpoint.errors import ApiError
 from services.endpoint.model import ServedModel
-from services.endpoint.running import Running
 from services.endpoint.schema import Sampling
 from tests import tiny
 from tests.endpoint_models import answer, answers, byte_level_tokenizer, save_version, tiny_llama
@@ -269,7 +267,7 @@ def test_a_request_that_is_cancelled_frees_its_place_before_the_next_pass() -> N
     count = len(engine.passes)
     engine.allowed = True
     long.wait()
-    assert len(engine.passes) <= count + 2
+    assert engine.passes[count:].count(2) <= 1, "the pass that was under way when it was cancelled"
     short.wait()
     assert sum(item.num_sampled for item in short if isinstance(item, Piece)) == 30
     assert shared.load == Load(0, 0, 0)
@@ -379,61 +377,3 @@ def test_an_engine_that_fails_ends_what_runs_and_serves_again(monkeypatch: pytes
     shared.submit([([3, 4], 5)], Sampling(5, temperature=0), after.deliver)
     assert after.wait().text
     assert not engine.places
-
-
-# --- the way to the event loop ---------------------------------------------------------------------------------------
-
-
-def test_running_merges_what_comes_while_nobody_looks_and_ends_at_once() -> None:
-    async def scenario() -> list[Any]:
-        running = Running(7, lambda: 1000)  # a pause of seconds between two events
-        found = [await anext(running)]
-        running.deliver([Piece(0, "a", num_sampled=1)])
-        found.append(await anext(running))
-        for text in "bcd":
-            running.deliver([Piece(0, text, num_sampled=1), Piece(1, text, num_sampled=1)])
-        waiting = asyncio.ensure_future(anext(running))
-        await asyncio.sleep(0.05)
-        assert not waiting.done(), "the second event comes before its time"
-        running.deliver([Piece(0, "e", [], 1, "stop"), END])
-        found.append(await asyncio.wait_for(waiting, 1))
-        found += [item async for item in running]
-        return found
-
-    assert asyncio.run(scenario()) == [
-        7,
-        Piece(0, "a", [], 1),
-        Piece(0, "bcde", [], 4, "stop"),
-        Piece(1, "bcd", [], 3),
-    ]
-
-
-def test_running_raises_the_error_behind_what_came_before() -> None:
-    async def scenario() -> None:
-        running = Running(1, lambda: 1)
-        running.deliver([Piece(0, "a"), ModelError("broken"), END])
-        assert await anext(running) == 1
-        assert await anext(running) == Piece(0, "a")
-        with pytest.raises(ModelError, match="broken"):
-            await anext(running)
-        assert [item async for item in running] == []
-
-    asyncio.run(scenario())
-
-
-# --- weights ---------------------------------------------------------------------------------------------------------
-
-
-def test_bfloat16_is_close_and_only_where_the_files_or_the_setting_say_so(tmp_path: Path) -> None:
-    plain = save_version(tmp_path)
-    assert choose_dtype(tmp_path, "auto") is torch.float32
-    assert choose_dtype(tmp_path, "bfloat16") is torch.bfloat16
-    (tmp_path / "manifest.json").write_text('{"scheme": "float"}')
-    half = ServedModel(tmp_path, 480, 300, dtype="bfloat16")
-    token_ids = half.encode(PROMPT)
-    found = [token.logprob for token in answer(half, token_ids, Sampling(0, top_logprobs=0, echo=True))[0].tokens[1:]]
-    with torch.inference_mode():
-        logits_TV = plain(torch.tensor([token_ids]), use_cache=False).logits[0, :-1, : half.vocabulary.size]
-    expected = torch.log_softmax(logits_TV, -1)[range(len(found)), token_ids[1:]].numpy()
-    error = np.abs(np.array(found, float) - expected).max()
-    assert 1e-4 < error < 0.5
