@@ -161,12 +161,11 @@ def _complete(schema: dict[str, Any], arguments: ServedArguments) -> None:
     """Adds to a request's schema what its validators refuse, and the limits of this endpoint."""
     properties = schema["properties"]
     properties["model"]["enum"] = [arguments.model_name]
+    if "n" not in properties:  # of an encoder, which has no use for them and ignores them
+        return
     for name, neutral in UNSUPPORTED.items():
-        properties.setdefault(
-            name, {"enum": [None, *neutral], "description": "Not supported; refused with any other value"}
-        )
-    if "n" in properties:
-        properties["n"]["anyOf"][0]["maximum"] = min(128, arguments.max_choices)
+        properties[name] = {"enum": [None, *neutral], "description": "Not supported; refused with any other value"}
+    properties["n"]["anyOf"][0]["maximum"] = min(128, arguments.max_choices)
     for name in ("max_tokens", "max_completion_tokens"):
         if name in properties:
             properties[name]["anyOf"][0]["maximum"] = arguments.max_new_tokens
