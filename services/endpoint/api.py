@@ -6,29 +6,30 @@ tests. The Serve proxy gives every answer its `x-request-id`.
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import json
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from cluster.errors import ConfigError
+from cluster.api_keys import is_loopback
+from services.endpoint.admission import Admission, Gate, Work
 from services.endpoint.answers import Answer, ChatAnswer, CompletionAnswer
+from services.endpoint.envelope import BodyReader, Envelope, account_of, error_response
 from services.endpoint.errors import ApiError, internal, invalid, unavailable
 from services.endpoint.following import ChampionFollower, Served
+from services.endpoint.keys import KeyRing
+from services.endpoint.limits import Limits
 from services.endpoint.model import Piece, ServedModel
+from services.endpoint.page import page
 from services.endpoint.parsing import parse_request
-from services.endpoint.pool import DecodingPool, Running
+from services.endpoint.pool import DecodingPool
 from services.endpoint.schema import (
     ChatRequest,
     CompletionRequest,
@@ -41,19 +42,34 @@ from services.endpoint.schema import (
 
 logger = logging.getLogger(__name__)
 
-API_KEYS_VARIABLE = "RAYSTILL_API_KEYS_FILE"
-"""Environment variable with the path of a file that holds one key per line; unset, the interface is open."""
+_BODIES = 64
+"""Request bodies of the largest size that may be on their way at once."""
 
 R = TypeVar("R", CompletionRequest, ChatRequest)
 Encode = Callable[[ServedModel], list[list[int]]]
 
 
 def build_api(arguments: EndpointArguments, follower: ChampionFollower, pool: DecodingPool) -> FastAPI:
-    """The application. `follower` and `pool` stay the caller's to stop."""
-    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    api.add_middleware(Envelope, keys=read_api_keys(os.environ.get(API_KEYS_VARIABLE)))
+    """The application. `follower` and `pool` stay the caller's to stop; the keys are followed while it runs."""
+    keys = KeyRing(arguments.database, required=not is_loopback(arguments.host))
+    keys.poll()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        keys.start()
+        yield
+        keys.stop()
+
+    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
+    admission = Admission(arguments.max_running + arguments.max_waiting, arguments.max_admitted_tokens)
+    api.add_middleware(Envelope, keys=keys, gate=Gate(admission, Limits(arguments.replicas)))
+    bodies = BodyReader(arguments.max_body_bytes, _BODIES * arguments.max_body_bytes)
     api.add_exception_handler(ApiError, _answer_error)
     api.add_exception_handler(HTTPException, _answer_error)
+
+    @api.get("/")
+    async def root() -> Response:
+        return page()
 
     @api.get("/healthz")
     async def healthz() -> Response:
@@ -116,9 +132,18 @@ def build_api(arguments: EndpointArguments, follower: ChampionFollower, pool: De
             message = f"The model {model[:128]!r} does not exist; this endpoint serves {arguments.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
+    def longest_answer(asked: CompletionRequest | ChatRequest) -> int:
+        """Tokens that may be written for a request, all choices together."""
+        sampling = asked.sampling()
+        num_prompts = len(asked.prompts()) if isinstance(asked, CompletionRequest) else 1
+        longest = arguments.max_new_tokens if sampling.max_new_tokens is None else sampling.max_new_tokens
+        return min(longest, arguments.max_new_tokens) * sampling.num_choices * num_prompts
+
     async def read(request: Request, kind: type[R]) -> R:
-        asked = parse_request(kind, await _read_body(request, arguments.max_body_bytes))
+        body = await bodies.read(request)
+        asked = parse_request(kind, body)
         check_model(asked.model)
+        account_of(request).admit(asked.model, len(body), longest_answer(asked))
         if unknown := asked.unknown_keys():
             logger.info("Ignored unknown keys of a request: %.200r", unknown)
         return asked
@@ -146,9 +171,10 @@ def _work(
 
 
 async def respond(
-    request: Request, running: Running[int | Piece], answer: Answer, stream: bool, include_usage: bool
+    request: Request, running: Work[int | Piece], answer: Answer, stream: bool, include_usage: bool
 ) -> Response:
     """The answer to a request that is running: whole, or as a stream that begins once the prompt was accepted."""
+    running = account_of(request).counted(running)
     try:
         num_prompt_tokens = await anext(running)
         assert isinstance(num_prompt_tokens, int)
@@ -161,7 +187,7 @@ async def respond(
         raise
 
 
-async def _collect(running: Running[int | Piece]) -> list[Piece]:
+async def _collect(running: Work[int | Piece]) -> list[Piece]:
     return [piece async for piece in running if isinstance(piece, Piece)]
 
 
@@ -184,7 +210,7 @@ async def _unless_disconnected(request: Request, collecting: Any) -> list[Piece]
 
 
 async def _events(
-    running: Running[int | Piece], answer: Answer, num_prompt_tokens: int, include_usage: bool
+    running: Work[int | Piece], answer: Answer, num_prompt_tokens: int, include_usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events; an error after the first one becomes an event and ends the stream."""
     num_sampled = 0
@@ -205,7 +231,7 @@ async def _events(
 class EventStream(StreamingResponse):
     """A stream of events whose work is cancelled when the client leaves, also before the first event."""
 
-    def __init__(self, events: AsyncIterator[str], running: Running[Any]) -> None:
+    def __init__(self, events: AsyncIterator[str], running: Work[Any]) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._running = running
@@ -231,94 +257,10 @@ def _card(served: Served) -> ModelCard:
     return ModelCard(id=served.champion.model_name, created=created)
 
 
-# --- around every request ---------------------------------------------------------------------------------------------
-
-
-async def _read_body(request: Request, limit_bytes: int) -> bytes:
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise ApiError(415, f"Expected content-type application/json, found {media_type[:64]}")
-    too_large = ApiError(413, f"The request body is larger than {limit_bytes} bytes", code="request_too_large")
-    with contextlib.suppress(ValueError):
-        if int(request.headers.get("content-length", "0")) > limit_bytes:
-            raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
-            raise too_large
-    return bytes(body)
-
-
 async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         unknown = error.status_code == 404
         message = f"Unknown path {request.url.path[:128]}" if unknown else f"{request.method}: {error.detail}"
         error = ApiError(error.status_code, message, headers=dict(error.headers or {}))
     assert isinstance(error, ApiError)
-    return JSONResponse(error.envelope(), status_code=error.status, headers=error.headers)
-
-
-class Envelope:
-    """Outermost layer: checks the key, and turns an unexpected error into a 500 in the envelope."""
-
-    def __init__(self, app: ASGIApp, keys: frozenset[bytes]) -> None:
-        self._app = app
-        self._keys = keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = False
-
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
-        request = Request(scope, receive)
-        try:
-            if self._keys and scope["path"] != "/healthz":
-                self._authorize(request.headers.get("authorization", ""))
-            await self._app(scope, receive, watched)
-        except ApiError as error:
-            await (await _answer_error(request, error))(scope, receive, send)
-        except ClientDisconnect:
-            logger.info("A client left before its answer")
-        except Exception:
-            logger.exception("Request %s failed", request.headers.get("x-request-id", "-"))
-            if not started:
-                await (await _answer_error(request, internal()))(scope, receive, send)
-
-    def _authorize(self, header: str) -> None:
-        scheme, _, key = header.partition(" ")
-        digest = _digest(key.strip()) if scheme.lower() == "bearer" else b""
-        # Every key is compared, so that the time taken does not say which one was close.
-        if sum(hmac.compare_digest(digest, known) for known in self._keys) == 0:
-            headers = {"www-authenticate": "Bearer"}
-            raise ApiError(401, "Incorrect API key provided", code="invalid_api_key", headers=headers)
-
-
-def read_api_keys(path: str | None) -> frozenset[bytes]:
-    """Digests of the keys in a file, one key per line; none if there is no file to read.
-
-    Raises:
-        ConfigError: the file cannot be read or holds no key.
-    """
-    if not path:
-        return frozenset()
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{API_KEYS_VARIABLE}={path}: cannot be read ({error}); give a file with one key per line"
-        ) from error
-    keys = frozenset(_digest(line.strip()) for line in lines if line.strip())
-    if not keys:
-        raise ConfigError(f"{API_KEYS_VARIABLE}={path}: holds no key; write one per line, or unset the variable")
-    return keys
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return error_response(error)

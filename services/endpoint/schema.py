@@ -34,6 +34,8 @@ class EndpointConfig(Config):
     """Requests that a replica decodes at the same time."""
     max_waiting: int = execution(32, ge=0)
     """Requests that may wait in a replica; one more is answered 503 with Retry-After."""
+    max_admitted_tokens: int = execution(1 << 18, ge=1)
+    """What all requests that run or wait may cost together, by a guess at admission; one more is answered 503."""
     max_body_bytes: int = execution(1 << 20, ge=1024)
     """Larger request bodies are answered 413."""
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from cluster.errors import ConfigError
-from services.endpoint.api import API_KEYS_VARIABLE, build_api
+from services.endpoint.api import build_api
 from services.endpoint.errors import ApiError
 from services.endpoint.following import ChampionFollower
 from services.endpoint.model import Piece, ServedModel
@@ -242,38 +241,6 @@ def test_unexpected_errors_are_500_before_and_an_event_after_the_first_byte(
     assert "secret" not in whole.text + streamed.text
     monkeypatch.undo()
     assert client.post("/v1/completions", json=TEXT).status_code == 200
-
-
-def test_api_keys_guard_everything_but_health(
-    arguments: EndpointArguments,
-    follower: ChampionFollower,
-    pool: DecodingPool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    keys = tmp_path / "keys"
-    monkeypatch.setenv(API_KEYS_VARIABLE, str(keys))
-    with pytest.raises(ConfigError, match="cannot be read"):
-        TestClient(build_api(arguments, follower, pool)).get("/healthz")
-    keys.write_text("\n")
-    with pytest.raises(ConfigError, match="holds no key"):
-        TestClient(build_api(arguments, follower, pool)).get("/healthz")
-    keys.write_text("first\n  second \n")
-    with TestClient(build_api(arguments, follower, pool)) as client:
-        assert client.get("/healthz").status_code == 200
-        for header in (
-            {},
-            {"authorization": "Bearer third"},
-            {"authorization": "Basic first"},
-            {"authorization": "Bearer"},
-        ):
-            for path in ("/v1/models", "/nothing"):
-                refused = client.get(path, headers=header)
-                assert refused.status_code == 401
-                assert refused.json()["error"]["code"] == "invalid_api_key"
-                assert refused.headers["www-authenticate"] == "Bearer"
-        for key in ("first", "second"):
-            assert client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
 
 
 def test_pool_refuses_when_full_and_frees_what_is_cancelled() -> None:
