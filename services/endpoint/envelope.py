@@ -90,7 +90,8 @@ class BodyReader:
 
     def __init__(self, limit_bytes: int, max_bytes: int, grace_s: float = _GRACE_S) -> None:
         self._limit_bytes, self._max_bytes, self._grace_s = limit_bytes, max_bytes, grace_s
-        self._num_bytes = 0
+        self.num_bytes = 0
+        """Of the bodies that are on their way now."""
 
     async def read(self, request: Request) -> bytes:
         """The body of a request for JSON.
@@ -112,17 +113,17 @@ class BodyReader:
             async with asyncio.timeout_at(until) as timeout:
                 async for chunk in request.stream():
                     body += chunk
-                    self._num_bytes += len(chunk)
+                    self.num_bytes += len(chunk)
                     if len(body) > self._limit_bytes:
                         raise self._too_large()
-                    if self._num_bytes > self._max_bytes:
+                    if self.num_bytes > self._max_bytes:
                         message = "Too many large requests are on their way; try again later."
                         raise unavailable(message, "server_overloaded", retry_after_s=2)
                     timeout.reschedule(until + len(body) / _MIN_BYTES_PER_S)
         except TimeoutError:
             raise ApiError(408, "The request body came too slowly", code="request_timeout") from None
         finally:
-            self._num_bytes -= len(body)
+            self.num_bytes -= len(body)
         return bytes(body)
 
     def _too_large(self) -> ApiError:

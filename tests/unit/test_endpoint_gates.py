@@ -4,16 +4,14 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import torch
-from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from cluster.api_keys import create_key, opened_keys, revoke_key
@@ -23,6 +21,7 @@ from services.endpoint.api import build_api
 from services.endpoint.deployment import app
 from services.endpoint.following import ChampionFollower
 from services.endpoint.model import ServedModel
+from services.endpoint.page import page
 from services.endpoint.pool import DecodingPool
 from services.endpoint.schema import EndpointArguments
 from tests.endpoint_models import crown_version, publish_version
@@ -350,103 +349,29 @@ def test_refused_requests_give_their_place_back(gated: Gated, status: int) -> No
         assert client.post("/v1/completions", json=BODY).status_code == 200
 
 
-def padded(size: int) -> bytes:
-    body = json.dumps(BODY).encode()
-    return body + b" " * (size - len(body))
+# --- the page ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "status"), [(LIMIT_BYTES, 200), (LIMIT_BYTES + 1, 413)])
-@pytest.mark.parametrize("chunked", [False, True])
-def test_body_limit_is_exact(gated: Gated, size: int, status: int, chunked: bool) -> None:
-    data = padded(size)
-    content = (data[at : at + 1000] for at in range(0, size, 1000)) if chunked else data
+def test_page_is_one_file_without_outside_hosts() -> None:
+    response = page()
+    text = bytes(response.body).decode()
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in text
+    assert "innerHTML" not in text
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert policy.count("'sha256-") == 2
+
+
+def test_page_is_there_without_a_key_but_says_that_one_is_wanted(gated: Gated) -> None:
     with gated.client() as client:
-        answer = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
-    assert answer.status_code == status
-    if status == 413:
-        assert answer.json()["error"]["code"] == "request_too_large"
-
-
-@pytest.mark.parametrize("length", ["10", "-1", "x", "99999999999999999999", str(LIMIT_BYTES + 1)])
-def test_content_length_that_lies_is_not_believed(gated: Gated, length: str) -> None:
-    """Servers check the header against the bytes; what reaches the application must hold without that."""
-    statuses, num_read = [], 0
-
-    async def post() -> None:
-        nonlocal num_read
-
-        async def receive() -> Any:
-            nonlocal num_read
-            num_read += 1000
-            return {"type": "http.request", "body": b" " * 1000, "more_body": True}
-
-        async def send(message: Any) -> None:
-            statuses.append(message.get("status"))
-
-        transport = httpx.Request("POST", "http://testserver/v1/completions")
-        scope = {
-            **{"type": "http", "method": "POST", "path": transport.url.path, "raw_path": b"", "query_string": b""},
-            **{"http_version": "1.1", "scheme": "http", "root_path": "", "client": None, "server": None},
-            "headers": [(b"content-length", length.encode()), (b"content-type", b"application/json")],
-        }
-        await gated.api(scope, receive, send)
-
-    asyncio.run(post())
-    assert statuses[0] == 413
-    assert num_read <= LIMIT_BYTES + 1000
-
-
-def sending(chunks: AsyncIterator[bytes]) -> Request:
-    """A request whose body comes so."""
-
-    async def receive() -> Any:
-        return {"type": "http.request", "body": await anext(chunks, b""), "more_body": True}
-
-    return Request({"type": "http", "headers": []}, receive)
-
-
-async def _at_once() -> Any:
-    return {"type": "http.request", "body": b"{}", "more_body": False}
-
-
-async def trickle() -> AsyncIterator[bytes]:
-    while True:
-        await asyncio.sleep(0.02)
-        yield b" "
-
-
-async def half() -> AsyncIterator[bytes]:
-    yield b" " * 800
-    await asyncio.sleep(5)
-
-
-def test_body_that_trickles_is_ended_and_others_are_not_held_up() -> None:
-    async def scenario() -> None:
-        reader = envelope.BodyReader(1000, 64_000, grace_s=0.3)
-        slow = [asyncio.create_task(reader.read(sending(trickle()))) for _ in range(50)]
-        await asyncio.sleep(0.1)
-        whole = Request({"type": "http", "headers": []}, _at_once)
-        assert await asyncio.wait_for(reader.read(whole), 1) == b"{}"
-        for task in slow:
-            with pytest.raises(envelope.ApiError) as refused:
-                await task
-            assert refused.value.status == 408
-        assert reader._num_bytes == 0
-
-    asyncio.run(scenario())
-
-
-def test_bodies_on_their_way_are_bounded_together() -> None:
-    async def scenario() -> None:
-        reader = envelope.BodyReader(1000, 2000)
-        first = [asyncio.create_task(reader.read(sending(half()))) for _ in range(2)]
-        await asyncio.sleep(0.05)
-        with pytest.raises(envelope.ApiError) as refused:
-            await reader.read(sending(half()))
-        assert refused.value.status == 503
-        for task in first:
-            task.cancel()
-        await asyncio.gather(*first, return_exceptions=True)
-        assert reader._num_bytes == 0
-
-    asyncio.run(scenario())
+        assert client.get("/").status_code == 200
+        key = gated.key()
+        wait_until(lambda: client.get("/v1/models").status_code == 401)
+        refused = client.get("/")
+        assert refused.status_code == 401
+        assert refused.text == page().body.decode()  # type: ignore[union-attr]
+        assert MODEL not in refused.text
+        assert client.post("/").json()["error"]["code"] == "invalid_api_key"
+        assert client.get("/", headers=bearer(key)).status_code == 200
