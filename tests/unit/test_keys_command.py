@@ -77,6 +77,6 @@ def test_public_address_without_a_key_is_refused_before_anything_starts(
     done = raystill(command, CONFIG, f"serve.host={host}", code=2)
     assert f"serve.host {host}" in done.stderr
     assert "raystill keys create CONFIG" in done.stderr
-    assert not [path for path in tmp_path.rglob("*.parquet")]
+    assert not list(tmp_path.rglob("*.parquet"))
     raystill("keys", "create", CONFIG)
     assert "no champion" in raystill("serve", CONFIG, f"serve.host={host}", code=2).stderr
