@@ -34,6 +34,7 @@ _SMOOTHING = 0.1
 """Weight of the latest answer in the mean time between two answers."""
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 class Admission:
@@ -93,11 +94,11 @@ class Admission:
         return max(1, min(_LONGEST_RETRY_S, math.ceil(expected_s)))
 
 
-class Work(Protocol[T]):
+class Work(Protocol[T_co]):
     """What an account can count: an asynchronous iterator that can be cancelled."""
 
-    def __aiter__(self) -> AsyncIterator[T]: ...
-    async def __anext__(self) -> T: ...
+    def __aiter__(self) -> AsyncIterator[T_co]: ...
+    async def __anext__(self) -> T_co: ...
     def cancel(self) -> None: ...
 
 

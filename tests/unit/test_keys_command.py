@@ -74,9 +74,9 @@ def test_values_that_cannot_be_are_one_line(arguments: tuple[str, ...], message:
 def test_public_address_without_a_key_is_refused_before_anything_starts(
     tmp_path: Path, command: str, host: str
 ) -> None:
-    done = raystill(command, CONFIG, f"serve.host={host}", code=2)
+    done = raystill(command, CONFIG, f"serve.host='{host}'", code=2)
     assert f"serve.host {host}" in done.stderr
     assert "raystill keys create CONFIG" in done.stderr
     assert not list(tmp_path.rglob("*.parquet"))
     raystill("keys", "create", CONFIG)
-    assert "no champion" in raystill("serve", CONFIG, f"serve.host={host}", code=2).stderr
+    assert "no champion" in raystill("serve", CONFIG, f"serve.host='{host}'", code=2).stderr
