@@ -194,7 +194,7 @@ def test_key_for_other_models_is_403(gated: Gated) -> None:
         assert unknown.status_code == 404
 
 
-def test_ten_thousand_guesses_over_http_and_none_gets_in(gated: Gated) -> None:
+def test_ten_thousand_guesses_at_the_door_and_none_gets_in(gated: Gated) -> None:
     key = gated.key()
     ring = keys.KeyRing(gated.arguments.database)
     ring.poll()
