@@ -8,14 +8,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from cluster.api_keys import create_key, opened_keys, revoke_key
+from cluster.api_keys import create_key, list_keys, opened_keys, revoke_key
+from cluster.champions import database_url
+from cluster.config import load
 from cluster.connection import ClusterConfig, connect
 from cluster.errors import ConfigError
+from jobs.config import RunConfig
+from jobs.serve import ask_once
 from services.endpoint.client import ask, start_endpoint, stop_endpoint
 from services.endpoint.errors import EndpointUnavailable
 from services.endpoint.schema import EndpointConfig
@@ -47,25 +52,42 @@ class Guarded:
         )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _connected() -> Iterator[None]:
+    with connect(ClusterConfig(num_cpus=4, object_store_mb=80)):
+        yield
+
+
+def test_run_asks_its_question_with_a_key_of_its_own(tmp_path: Path) -> None:
+    values = ["name=keyed", f"storage={tmp_path}/run", f"serve.port={free_port()}", "serve.question=the cat"]
+    config = load(RunConfig, Path(__file__).parents[2] / "jobs/configs/demo.yaml", values)
+    database = database_url(config.state_directory)
+    version = publish_version(tmp_path / "local", tmp_path / "storage", "1", seed=1)
+    crown_version(database, config.model_name, "1", *version)
+    with opened_keys(database) as engine:
+        create_key(engine, "alice")
+        assert ask_once(config)["answer"]
+        assert [key.name for key in list_keys(engine)] == ["alice"]
+
+
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    from ray import serve
+
     directory = tmp_path_factory.mktemp("guarded")
     database = f"sqlite:///{directory}/champions.db"
     crown_version(database, MODEL, "1", *publish_version(directory / "local", directory / "storage", "1", seed=1))
     config = EndpointConfig(port=free_port(), max_new_tokens=64, threads_per_replica=1)
-    with connect(ClusterConfig(num_cpus=4, object_store_mb=80)):
-        from ray import serve
-
-        with pytest.raises(ConfigError, match="no API key"):
-            start_endpoint(config.replace(host="0.0.0.0"), MODEL, database)
-        with opened_keys(database) as engine:
-            _, key = create_key(engine, "alice")
-        url = start_endpoint(config, MODEL, database, timeout_s=120)
-        try:
-            yield Guarded(url, config.port, database, key)
-        finally:
-            stop_endpoint()
-            serve.shutdown()
+    with pytest.raises(ConfigError, match="no API key"):
+        start_endpoint(config.replace(host="0.0.0.0"), MODEL, database)
+    with opened_keys(database) as engine:
+        _, key = create_key(engine, "alice")
+    url = start_endpoint(config, MODEL, database, timeout_s=120)
+    try:
+        yield Guarded(url, config.port, database, key)
+    finally:
+        stop_endpoint()
+        serve.shutdown()
     shutil.rmtree(directory, ignore_errors=True)
 
 
