@@ -3,14 +3,12 @@
 import multiprocessing
 import random
 import secrets
-import sqlite3
 import time
 from pathlib import Path
 
 import pytest
 
 from cluster.api_keys import (
-    API_KEYS,
     MAX_KEY_BYTES,
     check_address,
     create_key,
@@ -218,7 +216,7 @@ def _make(database, start, done):
     done.put(True)
 
 
-def test_processes_that_start_at_once_make_one_table(database, tmp_path):
+def test_processes_that_start_at_once_make_one_table(database):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cluster.api_keys"])
     start, done = context.Barrier(6), context.Queue()
@@ -228,7 +226,5 @@ def test_processes_that_start_at_once_make_one_table(database, tmp_path):
     assert [done.get(timeout=120) for _ in processes] == [True] * 6
     for process in processes:
         process.join(60)
-    with sqlite3.connect(tmp_path / "champions.db") as connection:
-        [count] = connection.execute(f"select count(*) from {API_KEYS.name}").fetchone()
-    connection.close()
-    assert count == 6
+    with opened_keys(database) as engine:
+        assert len(list_keys(engine)) == 6
