@@ -16,8 +16,8 @@ check: .venv/made  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/made  ## quick benchmarks of the loss, whole steps, the service, scale, the wire, labels and preparing
-	for name in loss end_to_end service_tax scale wire labels prepare; do $(BIN)/python -m tests.benchmarks.$$name --quick || exit 1; done
+bench: .venv/made  ## quick benchmarks of the loss, whole steps, the services, scale, the wire, labels and preparing
+	for name in loss end_to_end service_tax scale wire labels prepare overload; do $(BIN)/python -m tests.benchmarks.$$name --quick || exit 1; done
 
 format: .venv/made
 	$(BIN)/ruff check --fix .

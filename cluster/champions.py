@@ -118,7 +118,7 @@ def open_database(url: str) -> Engine:
             engine = create_engine(url, pool_pre_ping=True, connect_args={"timeout": _BUSY_TIMEOUT_S})
         else:
             engine = create_engine(url, pool_pre_ping=True)
-        _make_tables(engine)
+        make_tables(engine, _METADATA)
         _take_over(engine)
     except (SQLAlchemyError, ImportError, OSError) as error:
         raise _failure(url, "cannot be opened", error) from error
@@ -148,13 +148,14 @@ def _failure(url: str, what: str, error: Exception) -> StorageError:
     return StorageError(f"champions database {shown}: {what} ({reason}); check RAYSTILL_DATABASE_URL")
 
 
-def _make_tables(engine: Engine) -> None:
+def make_tables(engine: Engine, metadata: MetaData) -> None:
+    """Makes the tables that are not there. Any number of processes may do this at once."""
     for attempt in range(10):
         try:
-            _METADATA.create_all(engine)
+            metadata.create_all(engine)
             return
         except SQLAlchemyError:  # another process makes the same tables at the same moment
-            if attempt == 9 or not any(inspect(engine).has_table(name) for name in _METADATA.tables):
+            if attempt == 9 or not any(inspect(engine).has_table(name) for name in metadata.tables):
                 raise
             time.sleep(0.05 * attempt)
 

@@ -16,11 +16,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from services.endpoint.admission import Work
 from services.endpoint.answers import Answer
 from services.endpoint.decoding import Piece
+from services.endpoint.envelope import account_of
 from services.endpoint.errors import internal
 from services.endpoint.pool import Working
-from services.endpoint.running import Running
 from services.endpoint.schema import Usage
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,11 @@ KEEP_ALIVE_S = 15.0
 """Silence after which a stream sends a comment line."""
 
 
-async def respond(request: Request, running: Running, answer: Answer, stream: bool, include_usage: bool) -> Response:
+async def respond(
+    request: Request, running: Work[int | Piece], answer: Answer, stream: bool, include_usage: bool
+) -> Response:
     """The answer to a request that is running: whole, or as a stream that begins once the prompt was accepted."""
+    running = account_of(request).counted(running)
     try:
         num_prompt_tokens = await anext(running)
         assert isinstance(num_prompt_tokens, int)
@@ -72,7 +76,7 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
         watcher.cancel()
 
 
-async def _collect(running: Running) -> list[Piece]:
+async def _collect(running: Work[int | Piece]) -> list[Piece]:
     return [piece async for piece in running if isinstance(piece, Piece)]
 
 
@@ -80,7 +84,9 @@ async def _only(working: Working[str]) -> str:
     return await anext(working)
 
 
-async def _events(running: Running, answer: Answer, num_prompt_tokens: int, include_usage: bool) -> AsyncIterator[str]:
+async def _events(
+    running: Work[int | Piece], answer: Answer, num_prompt_tokens: int, include_usage: bool
+) -> AsyncIterator[str]:
     num_sampled = 0
     try:
         async for piece in _with_silences(running):
@@ -124,7 +130,7 @@ async def _with_silences(running: AsyncIterator[T]) -> AsyncIterator[T | None]:
 class EventStream(StreamingResponse):
     """A stream of events whose work is cancelled when the client leaves, also before the first event."""
 
-    def __init__(self, events: AsyncIterator[str], running: Running) -> None:
+    def __init__(self, events: AsyncIterator[str], running: Work[int | Piece]) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._running = running

@@ -5,31 +5,30 @@ tests. The Serve proxy gives every answer its `x-request-id`.
 """
 
 import contextlib
-import hashlib
-import hmac
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import ConfigError
+from cluster.api_keys import is_loopback
+from services.endpoint.admission import Admission, Gate
 from services.endpoint.answering import respond, respond_at_once
 from services.endpoint.answers import ChatAnswer, CompletionAnswer, classifications_body, embeddings_body
 from services.endpoint.encoder_schema import ClassificationRequest, EmbeddingRequest
 from services.endpoint.encoders import EncoderModel
-from services.endpoint.errors import ApiError, internal, invalid, not_supported, unavailable
+from services.endpoint.envelope import Envelope, account_of, error_response
+from services.endpoint.errors import ApiError, not_supported, unavailable
 from services.endpoint.following import Served
+from services.endpoint.keys import KeyRing
+from services.endpoint.limits import Limits
 from services.endpoint.model import ServedModel
 from services.endpoint.openapi import document
+from services.endpoint.page import page
 from services.endpoint.reading import Reader
 from services.endpoint.reasoning import Reasoning, reasoning_for
 from services.endpoint.schema import (
@@ -42,9 +41,6 @@ from services.endpoint.schema import (
 )
 
 logger = logging.getLogger(__name__)
-
-API_KEYS_VARIABLE = "RAYSTILL_API_KEYS_FILE"
-"""Environment variable with the path of a file that holds one key per line; unset, the interface is open."""
 
 R = TypeVar("R", bound=RequestBody)
 
@@ -66,20 +62,35 @@ class Follower(Protocol):
     def problem(self) -> str | None: ...
 
 
-def build_api(arguments: ServedArguments, follower: Follower) -> FastAPI:
-    """The application. `follower` stays the caller's to stop."""
-    keys = read_api_keys(os.environ.get(API_KEYS_VARIABLE))
+def build_api(
+    arguments: ServedArguments, follower: Follower, *, place: Literal["alone", "front", "behind"] = "alone"
+) -> FastAPI:
+    """The application. `follower` stays the caller's to stop; the keys are followed while it runs.
+
+    Args:
+        place: `behind` a router whoever calls is let in, for the router has asked for the key and counted the request.
+            At the `front` of several versions what all their replicas take together is shared by the routers.
+    """
+    keys, gate = (None, None) if place == "behind" else (_keys(arguments), _gate(arguments, place == "front"))
     reader = Reader(arguments.max_body_bytes)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if keys is not None:
+            keys.start()
         yield
         reader.close()
+        if keys is not None:
+            keys.stop()
 
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
-    api.add_middleware(Envelope, keys=keys)
+    api.add_middleware(Envelope, keys=keys, gate=gate)
     api.add_exception_handler(ApiError, _answer_error)
     api.add_exception_handler(HTTPException, _answer_error)
+
+    @api.api_route("/", methods=_READ)
+    async def root() -> Response:
+        return page()
 
     @api.api_route("/healthz", methods=_READ)
     async def healthz() -> Response:
@@ -95,7 +106,7 @@ def build_api(arguments: ServedArguments, follower: Follower) -> FastAPI:
 
     @api.api_route("/openapi.json", methods=_READ)
     async def openapi() -> Response:
-        return JSONResponse(document(arguments, with_keys=bool(keys)))
+        return JSONResponse(document(arguments, with_keys=keys is not None and keys.required))
 
     @api.api_route("/v1/models", methods=_READ)
     async def list_models() -> Response:
@@ -112,9 +123,6 @@ def build_api(arguments: ServedArguments, follower: Follower) -> FastAPI:
         asked = await read(request, CompletionRequest)
         model = language_model(request)
         prompts, sampling = asked.prompts(), asked.sampling()
-        if len(prompts) * sampling.num_choices > arguments.max_choices:
-            param = "n" if len(prompts) <= arguments.max_choices else "prompt"
-            raise invalid(f"At most {arguments.max_choices} choices (prompts times n) in one request", param)
 
         def encode() -> list[list[int]]:
             encoded = [model.encode(prompt) for prompt in prompts]
@@ -135,8 +143,6 @@ def build_api(arguments: ServedArguments, follower: Follower) -> FastAPI:
         asked = await read(request, ChatRequest)
         model = language_model(request)
         sampling = asked.sampling()
-        if sampling.num_choices > arguments.max_choices:
-            raise invalid(f"At most {arguments.max_choices} choices in one request", "n")
         template_arguments = asked.template_arguments()
 
         def encode() -> tuple[list[int], Reasoning | None]:
@@ -157,7 +163,7 @@ def build_api(arguments: ServedArguments, follower: Follower) -> FastAPI:
         asked = await read(request, EmbeddingRequest)
         model = encoder("embeddings", request)
         model.check_dimensions(asked.dimensions)
-        texts = await encode_inputs(model, asked)
+        texts = await encode_inputs(request, model, asked)
 
         def work(cancelled: Callable[[], bool]) -> Iterator[str]:
             vectors = model.embed(texts, cancelled, asked.dimensions)
@@ -169,7 +175,7 @@ def build_api(arguments: ServedArguments, follower: Follower) -> FastAPI:
     async def classifications(request: Request) -> Response:
         asked = await read(request, ClassificationRequest)
         model = encoder("classifications", request)
-        texts = await encode_inputs(model, asked)
+        texts = await encode_inputs(request, model, asked)
 
         def work(cancelled: Callable[[], bool]) -> Iterator[str]:
             probabilities = model.classify(texts, cancelled)
@@ -196,21 +202,25 @@ def build_api(arguments: ServedArguments, follower: Follower) -> FastAPI:
             raise not_supported(request.url.path, arguments.model_name, does)
         return served
 
-    async def encode_inputs(model: EncoderModel, asked: EmbeddingRequest | ClassificationRequest) -> list[list[int]]:
+    async def encode_inputs(
+        request: Request, model: EncoderModel, asked: EmbeddingRequest | ClassificationRequest
+    ) -> list[list[int]]:
         inputs = asked.inputs()
-        if len(inputs) > arguments.max_inputs:
-            raise invalid(f"At most {arguments.max_inputs} inputs in one request, found {len(inputs)}", "input")
         size = sum(map(len, inputs))
-        return await reader.tokenise(size, lambda: [model.encode(text, bool(asked.truncate)) for text in inputs])
+        texts = await reader.tokenise(size, lambda: [model.encode(text, bool(asked.truncate)) for text in inputs])
+        account_of(request).use(sum(map(len, texts)))
+        return texts
 
     def check_model(model: str) -> None:
-        if model != arguments.model_name:
+        if model.partition("@")[0] != arguments.model_name:  # NAME@champion and the like are for the router
             message = f"The model {model[:128]!r} does not exist; this endpoint serves {arguments.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def read(request: Request, kind: type[R]) -> R:
-        asked = await reader.parse(request, kind)
+        asked, num_bytes = await reader.parse(request, kind)
         check_model(asked.model)
+        asked.check_size(arguments)
+        account_of(request).admit(arguments.model_name, num_bytes, asked.longest_answer(arguments.max_new_tokens))
         if unknown := asked.unknown_keys():
             logger.info("Ignored unknown keys of a request: %.200r", unknown)
         return asked
@@ -218,12 +228,27 @@ def build_api(arguments: ServedArguments, follower: Follower) -> FastAPI:
     return api
 
 
+def _keys(arguments: ServedArguments) -> KeyRing | None:
+    """The keys of the database, read once; None where there is no database."""
+    if not arguments.database:
+        return None
+    keys = KeyRing(arguments.database, required=not is_loopback(arguments.host))
+    keys.poll()
+    return keys
+
+
+def _gate(arguments: ServedArguments, is_router: bool) -> Gate:
+    """What this process lets in: its share of what the replicas behind it take."""
+    replicas, processes = (arguments.replicas, arguments.routers) if is_router else (1, arguments.replicas)
+    requests = replicas * (arguments.max_running + arguments.max_waiting)
+    share = arguments.routers if is_router else 1
+    admission = Admission(-(-requests // share), -(-replicas * arguments.max_admitted_tokens // share))
+    return Gate(admission, Limits(processes))
+
+
 def _card(served: Served) -> ModelCard:
     created = int(datetime.fromisoformat(served.champion.promoted_at).timestamp())
     return ModelCard(id=served.champion.model_name, created=created)
-
-
-# --- around every request ---------------------------------------------------------------------------------------------
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
@@ -232,69 +257,4 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         message = f"Unknown path {request.url.path[:128]}" if unknown else f"{request.method}: {error.detail}"
         error = ApiError(error.status_code, message, headers=dict(error.headers or {}))
     assert isinstance(error, ApiError)
-    return JSONResponse(error.envelope(), status_code=error.status, headers=error.headers)
-
-
-class Envelope:
-    """Outermost layer: checks the key, and turns an unexpected error into a 500 in the envelope."""
-
-    def __init__(self, app: ASGIApp, keys: frozenset[bytes]) -> None:
-        self._app = app
-        self._keys = keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = False
-
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
-        request = Request(scope, receive)
-        try:
-            if self._keys and scope["path"] != "/healthz":
-                self._authorize(request.headers.get("authorization", ""))
-            await self._app(scope, receive, watched)
-        except ApiError as error:
-            await (await _answer_error(request, error))(scope, receive, send)
-        except ClientDisconnect:
-            logger.info("A client left before its answer")
-        except Exception:
-            logger.exception("Request %s failed", request.headers.get("x-request-id", "-"))
-            if not started:
-                await (await _answer_error(request, internal()))(scope, receive, send)
-
-    def _authorize(self, header: str) -> None:
-        scheme, _, key = header.partition(" ")
-        digest = _digest(key.strip()) if scheme.lower() == "bearer" else b""
-        # Every key is compared, so that the time taken does not say which one was close.
-        if sum(hmac.compare_digest(digest, known) for known in self._keys) == 0:
-            headers = {"www-authenticate": "Bearer"}
-            raise ApiError(401, "Incorrect API key provided", code="invalid_api_key", headers=headers)
-
-
-def read_api_keys(path: str | None) -> frozenset[bytes]:
-    """Digests of the keys in a file, one key per line; none if there is no file to read.
-
-    Raises:
-        ConfigError: the file cannot be read or holds no key.
-    """
-    if not path:
-        return frozenset()
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{API_KEYS_VARIABLE}={path}: cannot be read ({error}); give a file with one key per line"
-        ) from error
-    keys = frozenset(_digest(line.strip()) for line in lines if line.strip())
-    if not keys:
-        raise ConfigError(f"{API_KEYS_VARIABLE}={path}: holds no key; write one per line, or unset the variable")
-    return keys
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return error_response(error)

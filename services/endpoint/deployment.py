@@ -6,7 +6,6 @@ Every replica follows the champion by itself, so promoting needs no redeployment
 when its queue is full; Serve's own limit is set above that, because its rejections are slow.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,18 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from cluster.api_keys import check_address
 from cluster.config import validate
 from cluster.logs import setup_logging
 from cluster.resources import process_environment, threads_each
-from services.endpoint.api import API_KEYS_VARIABLE, build_api, read_api_keys
+from services.endpoint.api import build_api
 from services.endpoint.following import ChampionFollower
 from services.endpoint.loading import AnyModel, load_model
 from services.endpoint.schema import EndpointArguments
 
-_UNCOUNTED_REQUESTS = 64
-"""Room above the decoding queue for health checks, lists, and requests on their way to a refusal."""
+_UNCOUNTED_REQUESTS = 1024
+"""Room above the decoding queue for health checks, lists, bodies that come slowly, and requests on their way to a
+refusal."""
 
 
 @serve.deployment(graceful_shutdown_timeout_s=60)
@@ -52,16 +53,13 @@ def app(args: dict[str, Any]) -> Application:
     """Builds the application from `model_name`, `database` and the fields of `EndpointConfig`.
 
     Raises:
-        ConfigError: an argument is missing, unknown or out of range, or the file of API keys cannot be used.
+        ConfigError: an argument is missing, unknown or out of range, or `host` is public and there is no API key.
     """
     arguments = validate(EndpointArguments, args, "of the endpoint")
-    environment = process_environment()
-    if keys_file := os.environ.get(API_KEYS_VARIABLE):
-        read_api_keys(keys_file)
-        environment[API_KEYS_VARIABLE] = keys_file
+    check_address(arguments.host, arguments.database)
     deployment = Endpoint.options(  # type: ignore[attr-defined]  # the decorator makes it a Deployment
         num_replicas=arguments.replicas,
         max_ongoing_requests=arguments.max_running + arguments.max_waiting + _UNCOUNTED_REQUESTS,
-        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": environment}},
+        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": process_environment()}},
     )
     return deployment.bind(arguments.model_dump())

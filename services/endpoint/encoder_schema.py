@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from services.endpoint.schema import RequestBody, TextOrTokens, one_by_one
+from services.endpoint.errors import invalid
+from services.endpoint.schema import EndpointConfig, RequestBody, TextOrTokens, one_by_one
 
 
 class _InputRequest(RequestBody):
@@ -15,6 +16,10 @@ class _InputRequest(RequestBody):
     def inputs(self) -> list[str | list[int]]:
         """The texts one by one, each as text or token ids."""
         return one_by_one(self.input)
+
+    def check_size(self, config: EndpointConfig) -> None:
+        if (found := len(self.inputs())) > config.max_inputs:
+            raise invalid(f"At most {config.max_inputs} inputs in one request, found {found}", "input")
 
 
 class EmbeddingRequest(_InputRequest):

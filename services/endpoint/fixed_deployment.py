@@ -3,17 +3,18 @@
 serve run services.endpoint.fixed_deployment:app model_name=NAME directory=/absolute/directory
 """
 
-import os
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from cluster.api_keys import is_loopback
 from cluster.config import validate
+from cluster.errors import ConfigError
 from cluster.logs import setup_logging
 from cluster.resources import process_environment, threads_each
-from services.endpoint.api import API_KEYS_VARIABLE, build_api, read_api_keys
+from services.endpoint.api import build_api
 from services.endpoint.fixed import FixedModel
 from services.endpoint.schema import DirectoryArguments
 
@@ -43,16 +44,17 @@ def app(args: dict[str, Any]) -> Application:
     """Builds the application from `model_name`, `directory` and the fields of `EndpointConfig`.
 
     Raises:
-        ConfigError: an argument is missing, unknown or out of range, or the file of API keys cannot be used.
+        ConfigError: an argument is missing, unknown or out of range, or the address is public.
     """
     arguments = validate(DirectoryArguments, args, "of the endpoint")
-    environment = process_environment()
-    if keys_file := os.environ.get(API_KEYS_VARIABLE):
-        read_api_keys(keys_file)
-        environment[API_KEYS_VARIABLE] = keys_file
+    if not is_loopback(arguments.host):
+        raise ConfigError(
+            f"host {arguments.host}: other machines reach this address, and a plain directory has no API keys: listen "
+            "on 127.0.0.1, or register the model and serve it with a config"
+        )
     deployment = DirectoryEndpoint.options(  # type: ignore[attr-defined]  # the decorator makes it a Deployment
         num_replicas=arguments.replicas,
         max_ongoing_requests=arguments.max_running + arguments.max_waiting + _UNCOUNTED_REQUESTS,
-        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": environment}},
+        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": process_environment()}},
     )
     return deployment.bind(arguments.model_dump())

@@ -5,7 +5,6 @@ that cannot fit the context whatever its tokens are is refused before it is toke
 """
 
 import asyncio
-import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -15,12 +14,16 @@ from weakref import WeakKeyDictionary
 
 from fastapi import Request
 
-from services.endpoint.errors import ApiError, invalid
+from services.endpoint.envelope import BodyReader
+from services.endpoint.errors import invalid
 from services.endpoint.parsing import parse_request
 from services.endpoint.schema import ChatMessage, RequestBody
 
 R = TypeVar("R", bound=RequestBody)
 T = TypeVar("T")
+
+_BODIES = 64
+"""Request bodies of the largest size that may be on their way at once."""
 
 AT_ONCE = 4096
 """Bytes of a body, or characters of texts, that take no longer than a thread takes to start on them."""
@@ -30,18 +33,18 @@ class Reader:
     """Reads requests. Call `close` when no more come."""
 
     def __init__(self, max_body_bytes: int) -> None:
-        self._max_body_bytes = max_body_bytes
+        self._bodies = BodyReader(max_body_bytes, _BODIES * max_body_bytes)
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="read")
         self._longest: WeakKeyDictionary[Any, int | None] = WeakKeyDictionary()
 
-    async def parse(self, request: Request, kind: type[R]) -> R:
-        """The checked body of a request.
+    async def parse(self, request: Request, kind: type[R]) -> tuple[R, int]:
+        """The checked body of a request, and its bytes.
 
         Raises:
-            ApiError: 400 with the parameter that is wrong, 413 or 415.
+            ApiError: 400 with the parameter that is wrong, 408, 413, 415 or 503 (`BodyReader.read`).
         """
-        body = await _read_body(request, self._max_body_bytes)
-        return await self._away(len(body), lambda: parse_request(kind, body))
+        body = await self._bodies.read(request)
+        return await self._away(len(body), lambda: parse_request(kind, body)), len(body)
 
     async def tokenise(self, num_characters: int, encode: Callable[[], T]) -> T:
         """What `encode` makes of texts with so many characters."""
@@ -123,19 +126,3 @@ _SHORTENING = (
 )  # fmt: skip
 """Names in a tokenizer's description of what may drop or fold characters. A pattern may only where it replaces, but is
 not read so closely."""
-
-
-async def _read_body(request: Request, limit_bytes: int) -> bytes:
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise ApiError(415, f"Expected content-type application/json, found {media_type[:64]}")
-    too_large = ApiError(413, f"The request body is larger than {limit_bytes} bytes", code="request_too_large")
-    with contextlib.suppress(ValueError):
-        if int(request.headers.get("content-length", "0")) > limit_bytes:
-            raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
-            raise too_large
-    return bytes(body)

@@ -51,6 +51,8 @@ class ServedArguments(EndpointConfig):
 
     model_name: str = Field(min_length=1)
     """What clients call the model: the registered one whose champion is served, or the name given to a directory."""
+    database: str = ""
+    """SQLAlchemy URL of the database with the API keys; empty: no keys are known, and none is asked for."""
 
 
 class EndpointArguments(ServedArguments):
@@ -110,6 +112,13 @@ class RequestBody(BaseModel):
         """Keys of the body that are ignored, apart from those that OpenAI's clients send and that change nothing."""
         return sorted((self.model_extra or {}).keys() - UNSUPPORTED.keys() - _TOLERATED)
 
+    def check_size(self, config: EndpointConfig) -> None:
+        """Raises `ApiError` if the request asks for more than the endpoint gives to one."""
+
+    def longest_answer(self, max_new_tokens: int) -> int:
+        """Tokens that may be written for the request, all choices together."""
+        return 0
+
 
 class _SamplingRequest(RequestBody):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -129,6 +138,24 @@ class _SamplingRequest(RequestBody):
             if value is not None and (isinstance(value, bool) or value not in neutral):
                 raise invalid(f"{name} is not supported by this endpoint; leave it out", name, "unsupported_parameter")
         return self
+
+    def num_prompts(self) -> int:
+        return 1
+
+    def check_size(self, config: EndpointConfig) -> None:
+        num_prompts, most = self.num_prompts(), config.max_choices
+        if num_prompts * (self.n or 1) > most:
+            param = "n" if num_prompts <= most else "prompt"
+            raise invalid(f"At most {most} choices (prompts times n) in one request", param)
+
+    def longest_answer(self, max_new_tokens: int) -> int:
+        sampling = self.sampling()
+        longest = max_new_tokens if sampling.max_new_tokens is None else sampling.max_new_tokens
+        return min(longest, max_new_tokens) * sampling.num_choices * self.num_prompts()
+
+    def sampling(self) -> Sampling:
+        """How to answer each prompt."""
+        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:
@@ -200,6 +227,9 @@ class CompletionRequest(_SamplingRequest):
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one, each a text or token ids."""
         return one_by_one(self.prompt)
+
+    def num_prompts(self) -> int:
+        return len(self.prompts())
 
     def sampling(self) -> Sampling:
         return self._sampling(max_new_tokens=self.max_tokens, top_logprobs=self.logprobs, echo=bool(self.echo))

@@ -4,6 +4,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.responses import JSONResponse
 
-from services.endpoint.api import API_KEYS_VARIABLE, build_api
+from cluster.api_keys import create_key, opened_keys
+from services.endpoint.api import build_api
 from services.endpoint.errors import ApiError
 from tests.conformance.bodies import ALL, SDK, chat, text
 from tests.conformance.clients import CLIENTS
@@ -24,14 +26,21 @@ each_client = pytest.mark.parametrize("client", ALL)
 each_sdk = pytest.mark.parametrize("client", SDK)
 
 
+@dataclass
+class Locked:
+    url: str
+    right: str
+    """The key."""
+
+
 @pytest.fixture
-def locked(tiny: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The same endpoint behind a key; gives its URL. The key is `right`."""
-    keys = tmp_path / "keys"
-    keys.write_text("right\n")
-    monkeypatch.setenv(API_KEYS_VARIABLE, str(keys))
-    with serving(build_api(tiny.arguments, tiny.fixed)) as url:
-        yield url
+def locked(tiny: Endpoint, tmp_path: Path) -> Iterator[Locked]:
+    """The same endpoint behind a key."""
+    database = f"sqlite:///{tmp_path}/champions.db"
+    with opened_keys(database) as engine:
+        _, right = create_key(engine, "test")
+    with serving(build_api(tiny.arguments.replace(database=database), tiny.fixed)) as url:
+        yield Locked(url, right)
 
 
 def ask(url: str, method: str = "GET", path: str = "/v1/models", **options: Any) -> httpx.Response:
@@ -54,20 +63,20 @@ def test_01_models_list_has_its_object(tiny: Endpoint) -> None:
     assert ask(tiny.url).json()["object"] == "list"
 
 
-def test_02_keys_are_asked_for(locked: str) -> None:
-    for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic right"}):
-        refused = ask(locked, headers=header)
+def test_02_keys_are_asked_for(locked: Locked) -> None:
+    for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {locked.right}"}):
+        refused = ask(locked.url, headers=header)
         assert refused.status_code == 401
         assert refused.json()["error"]["code"] == "invalid_api_key"
         assert refused.headers["www-authenticate"].startswith("Bearer")
-    assert ask(locked, headers={"authorization": "Bearer right"}).status_code == 200
+    assert ask(locked.url, headers={"authorization": f"Bearer {locked.right}"}).status_code == 200
 
 
-def test_02_openai_client_shows_a_wrong_key_as_authentication_error(locked: str, tiny: Endpoint) -> None:
-    with openai.OpenAI(base_url=f"{locked}/v1", api_key="wrong", max_retries=0) as api:
+def test_02_openai_client_shows_a_wrong_key_as_authentication_error(locked: Locked, tiny: Endpoint) -> None:
+    with openai.OpenAI(base_url=f"{locked.url}/v1", api_key="wrong", max_retries=0) as api:
         with pytest.raises(openai.AuthenticationError):
             api.models.list()
-        assert api.with_options(api_key="right").models.list().data[0].id == "tiny"
+        assert api.with_options(api_key=locked.right).models.list().data[0].id == "tiny"
 
 
 @each_client
@@ -109,22 +118,22 @@ def test_05_unknown_path_and_wrong_method_are_in_the_envelope(
 
 
 @pytest.mark.parametrize("host", ["healthz", "127.0.0.1/healthz", "127.0.0.1:80/healthz?", "x#/healthz"])
-def test_06_keys_are_decided_on_the_routed_path(locked: str, host: str) -> None:
+def test_06_keys_are_decided_on_the_routed_path(locked: Locked, host: str) -> None:
     for target in ("/v1/models", "/v1/models?/healthz", "/v1/models#/healthz", "//healthz", "/healthz/../v1/models"):
-        port = int(locked.rpartition(":")[2])
+        port = int(locked.url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
             status = int(connection.makefile("rb").readline().split()[1])
         assert status in (400, 401), (target, host)
 
 
-def test_07_health_needs_no_key_and_says_no_secret(locked: str) -> None:
-    health = ask(locked, path="/healthz")
+def test_07_health_needs_no_key_and_says_no_secret(locked: Locked) -> None:
+    health = ask(locked.url, path="/healthz")
     assert health.status_code == 200
-    assert "right" not in health.text
+    assert locked.right not in health.text
     assert "/" not in json.dumps({key: value for key, value in health.json().items() if key != "model"})
     for path in ("/v1/models", "/openapi.json", "/v1/models/tiny", "/nothing", "/docs", "/"):
-        assert ask(locked, path=path).status_code == 401, path
+        assert ask(locked.url, path=path).status_code == 401, path
 
 
 def error_answers(tiny: Endpoint) -> dict[str, httpx.Response]:

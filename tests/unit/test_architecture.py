@@ -22,7 +22,7 @@ MODULES = {
 }
 LIGHT = sorted(
     {"cluster.config", "cluster.errors", "cluster.resources", "cluster.logs", "cluster.storage", "cluster.published"}
-    | {"cluster.s3", "cluster.multipart", "cluster.attempts"}
+    | {"cluster.s3", "cluster.multipart", "cluster.attempts", "cluster.api_keys", "jobs.keys"}
     | {"cluster.connection", "cluster.pretrained", "cluster.tracking", "cluster.champions"}
     | {"cluster.promotions", "cluster.processes", "cluster.registry", "cluster.names", "jobs.gate", "jobs.rollback"}
     | {"jobs.config", "jobs.ledger", "jobs.training.plan", "jobs.training.choice", "jobs.training.objective"}
@@ -209,7 +209,7 @@ def test_importing_all_modules_does_nothing(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["ray"] is False
-    ours = [name for name in found["threads"] if name in ("tracking", "progress", "champion-follower")]
+    ours = [name for name in found["threads"] if name in ("tracking", "progress", "champion-follower", "api-keys")]
     assert not ours
     for path in (here, scratch):
         assert not list(path.rglob("*"))

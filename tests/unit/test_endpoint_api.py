@@ -1,7 +1,9 @@
 """The HTTP interface without Ray: a real tiny model behind a test client."""
 
+import asyncio
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,12 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from cluster.errors import ConfigError
-from services.endpoint.api import API_KEYS_VARIABLE, build_api
+from services.endpoint.api import build_api
 from services.endpoint.engines.scheduler import Load
+from services.endpoint.errors import ApiError
 from services.endpoint.following import ChampionFollower
 from services.endpoint.model import Piece, ServedModel
+from services.endpoint.pool import WorkPool
 from services.endpoint.schema import EndpointArguments
 from tests.endpoint_models import crown_version, publish_version
 
@@ -249,32 +252,32 @@ def test_unexpected_errors_are_500_before_and_an_event_after_the_first_byte(
     assert client.post("/v1/completions", json=TEXT).status_code == 200
 
 
-def test_api_keys_guard_everything_but_health(
-    arguments: EndpointArguments,
-    follower: ChampionFollower,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    keys = tmp_path / "keys"
-    monkeypatch.setenv(API_KEYS_VARIABLE, str(keys))
-    with pytest.raises(ConfigError, match="cannot be read"):
-        TestClient(build_api(arguments, follower)).get("/healthz")
-    keys.write_text("\n")
-    with pytest.raises(ConfigError, match="holds no key"):
-        TestClient(build_api(arguments, follower)).get("/healthz")
-    keys.write_text("first\n  second \n")
-    with TestClient(build_api(arguments, follower)) as client:
-        assert client.get("/healthz").status_code == 200
-        for header in (
-            {},
-            {"authorization": "Bearer third"},
-            {"authorization": "Basic first"},
-            {"authorization": "Bearer"},
-        ):
-            for path in ("/v1/models", "/nothing"):
-                refused = client.get(path, headers=header)
-                assert refused.status_code == 401
-                assert refused.json()["error"]["code"] == "invalid_api_key"
-                assert refused.headers["www-authenticate"] == "Bearer"
-        for key in ("first", "second"):
-            assert client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+def test_pool_refuses_when_full_and_frees_what_is_cancelled() -> None:
+    async def scenario() -> None:
+        pool = WorkPool(max_running=1, max_waiting=1)
+        gate = threading.Event()
+
+        def work(cancelled: Callable[[], bool]) -> Iterator[int]:
+            yield 1
+            while not cancelled():
+                gate.wait(0.01)
+            yield 2
+
+        running = pool.start(work)
+        assert await anext(running) == 1
+        waiting = pool.start(work)
+        with pytest.raises(ApiError) as refused:
+            pool.start(work)
+        assert refused.value.status == 503
+        assert refused.value.headers == {"retry-after": "1"}
+        waiting.cancel()
+        assert [item async for item in waiting] == []
+        running.cancel()
+        assert [item async for item in running] in ([], [2])
+        assert pool.num_admitted == 0
+        pool.close()
+        with pytest.raises(ApiError, match="shutting down"):
+            pool.start(work)
+        assert pool.num_admitted == 0
+
+    asyncio.run(scenario())
