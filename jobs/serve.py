@@ -7,11 +7,11 @@ import threading
 from typing import Any
 
 from cluster.champions import database_url, find_champion
+from cluster.crowning import settle
 from cluster.errors import ConfigError, CorruptArtifact
 from cluster.published import check_version_files, read_through
 from cluster.tracking import tracking_uri
 from jobs.config import RunConfig
-from jobs.crowning import settle
 from services.endpoint.client import ask, start_endpoint, stop_endpoint
 from services.endpoint.schema import EndpointConfig
 
@@ -24,7 +24,8 @@ def endpoint_config(config: RunConfig) -> EndpointConfig:
 def ask_once(config: RunConfig) -> dict[str, Any]:
     """Starts the endpoint, asks `serve.question`, stops it. Needs a connected Ray."""
     database = database_url(config.state_directory)
-    url = start_endpoint(endpoint_config(config), config.model_name, database)
+    tracking = tracking_uri(config.state_directory)
+    url = start_endpoint(endpoint_config(config), config.model_name, database, tracking=tracking)
     try:
         answer = ask(url, config.model_name, config.serve.question, max_tokens=48)
     finally:
@@ -56,7 +57,8 @@ def check_champion(config: RunConfig) -> None:
 def serve_until_interrupted(config: RunConfig, say: Any) -> None:
     """Keeps the endpoint up until SIGINT or SIGTERM. Needs a connected Ray."""
     stop = threading.Event()
-    url = start_endpoint(endpoint_config(config), config.model_name, database_url(config.state_directory))
+    place = config.state_directory
+    url = start_endpoint(endpoint_config(config), config.model_name, database_url(place), tracking=tracking_uri(place))
     say(f"{config.model_name} answers at {url}/v1 (Ctrl-C stops it). Try:")
     body = {"model": config.model_name, "prompt": config.serve.question, "max_tokens": 40, "temperature": 0}
     say(f"  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}")

@@ -104,6 +104,8 @@ def _note(stage: dict[str, Any]) -> str:
         return f"{stage['documents']:,} documents, {stage['rows']['train']:,} + {stage['rows']['validation']:,} rows"
     if "labelled" in stage:
         return f"{stage['labelled']:,} of {stage['rows']:,} rows labelled now, {size(stage['size_bytes'])} in all"
+    if challenger := stage.get("challenger"):
+        return f"version {challenger['version']} is challenger at {challenger['share']:.0%} of the traffic"
     if "champion" in stage:
         return f"version {stage['champion']['version']} was made champion of {stage['champion']['model_name']}"
     if "report" in stage:
@@ -143,7 +145,7 @@ def versions_table(found: dict[str, Any]) -> Table:
     table = Table(title=escape(f"{found['model_name']}: versions"), title_justify="left")
     for column in ("version", "bits per byte", "on disk"):
         table.add_column(column, justify="right")
-    for column in ("scheme", "run", "aliases", "registered", "verdict"):
+    for column in ("scheme", "run", "aliases", "share", "registered", "verdict", "canary"):
         table.add_column(column)
     for row in found["versions"]:
         table.add_row(
@@ -153,8 +155,10 @@ def versions_table(found: dict[str, Any]) -> Table:
             escape(row["scheme"]),
             escape(row["run"]),
             escape(", ".join(row["aliases"])),
+            f"{row['share']:.0%}" if row["share"] else "",
             row["registered_at"].removesuffix("+00:00").replace("T", " "),
             row["verdict"] or "",
+            row["canary"] or "",
         )
     return table
 

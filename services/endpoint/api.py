@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.errors import ConfigError
 from services.endpoint.answers import Answer, ChatAnswer, CompletionAnswer
 from services.endpoint.errors import ApiError, internal, invalid, unavailable
-from services.endpoint.following import ChampionFollower, Served
+from services.endpoint.following import Served, Serving
 from services.endpoint.model import Piece, ServedModel
 from services.endpoint.parsing import parse_request
 from services.endpoint.pool import DecodingPool, Running
@@ -48,10 +48,17 @@ R = TypeVar("R", CompletionRequest, ChatRequest)
 Encode = Callable[[ServedModel], list[list[int]]]
 
 
-def build_api(arguments: EndpointArguments, follower: ChampionFollower, pool: DecodingPool) -> FastAPI:
-    """The application. `follower` and `pool` stay the caller's to stop."""
+def build_api(
+    arguments: EndpointArguments, follower: Serving[ServedModel], pool: DecodingPool, *, behind_router: bool = False
+) -> FastAPI:
+    """The application. `follower` and `pool` stay the caller's to stop.
+
+    Args:
+        behind_router: a router has checked the key; whoever calls is let in.
+    """
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    api.add_middleware(Envelope, keys=read_api_keys(os.environ.get(API_KEYS_VARIABLE)))
+    keys = frozenset[bytes]() if behind_router else read_api_keys(os.environ.get(API_KEYS_VARIABLE))
+    api.add_middleware(Envelope, keys=keys)
     api.add_exception_handler(ApiError, _answer_error)
     api.add_exception_handler(HTTPException, _answer_error)
 
@@ -105,7 +112,7 @@ def build_api(arguments: EndpointArguments, follower: ChampionFollower, pool: De
         )
         return await respond(request, pool.start(work), answer, bool(asked.stream), asked.include_usage)
 
-    def current() -> Served:
+    def current() -> Served[ServedModel]:
         served = follower.served
         if served is None:
             raise unavailable(f"No model is served: {follower.problem}", "model_not_ready", retry_after_s=5)
@@ -117,7 +124,7 @@ def build_api(arguments: EndpointArguments, follower: ChampionFollower, pool: De
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def read(request: Request, kind: type[R]) -> R:
-        asked = parse_request(kind, await _read_body(request, arguments.max_body_bytes))
+        asked = parse_request(kind, await read_body(request, arguments.max_body_bytes))
         check_model(asked.model)
         if unknown := asked.unknown_keys():
             logger.info("Ignored unknown keys of a request: %.200r", unknown)
@@ -226,7 +233,7 @@ def _usage(num_prompt_tokens: int, pieces: list[Piece], num_sampled: int = 0) ->
     )
 
 
-def _card(served: Served) -> ModelCard:
+def _card(served: Served[Any]) -> ModelCard:
     created = int(datetime.fromisoformat(served.champion.promoted_at).timestamp())
     return ModelCard(id=served.champion.model_name, created=created)
 
@@ -234,7 +241,8 @@ def _card(served: Served) -> ModelCard:
 # --- around every request ---------------------------------------------------------------------------------------------
 
 
-async def _read_body(request: Request, limit_bytes: int) -> bytes:
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """The body of a request. Raises `ApiError` if it is not said to be JSON, or is too large."""
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise ApiError(415, f"Expected content-type application/json, found {media_type[:64]}")

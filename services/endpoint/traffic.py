@@ -1,0 +1,105 @@
+"""Who answers a request: the champion, or the challenger with its share. Pure, and the same in every router.
+
+A subject (a user, or an API key) is hashed to a place in [0, 1), and the challenger answers the places below its share.
+A share that rises therefore only adds subjects: who is on the challenger at 5 % stays there at 25 %. The challenger's
+digest salts the hash, so that it is not always the same users who try what is new.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Route:
+    """A version that runs, and the Serve application that it is."""
+
+    app: str
+    version: str
+    manifest_sha256: str
+    uri: str
+    scheme: str
+    max_context_tokens: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Reign:
+    """Since when the champion reigns."""
+
+    epoch: int
+    promoted_at: str
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """What a router needs to know; a new one for every change."""
+
+    number: int = 0
+    champion: Route | None = None
+    reign: Reign | None = None
+    challenger: Route | None = None
+    trial: tuple[int, int] | None = None
+    """The canary's promotion and step; observations carry it, so that those of another step do not count."""
+    share: float = 0.0
+    """Of the subjects, answered by the challenger."""
+    shadow: float = 0.0
+    """Of the champion's requests, asked again to compare."""
+    problem: str | None = "the endpoint is starting"
+    """Why the champion of the database is not what serves; None when all is well."""
+    canary: dict[str, Any] | None = field(default=None, compare=False)
+    """What is said of the canary, for people."""
+
+    def routes(self) -> list[Route]:
+        return [route for route in (self.champion, self.challenger) if route is not None]
+
+
+def place(salt: str, subject: str) -> float:
+    """Where a subject lies in [0, 1): evenly spread over subjects, and always the same for one."""
+    digest = hashlib.sha256(f"{salt}\0{subject}".encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56
+
+
+def pick(table: RoutingTable, subject: str) -> Route | None:
+    """The version that answers a subject; None while nothing is served."""
+    challenger = table.challenger
+    if challenger is not None and place(challenger.manifest_sha256, subject) < table.share:
+        return challenger
+    return table.champion
+
+
+def is_shadowed(table: RoutingTable, request_id: str) -> bool:
+    """Whether a request that the champion answered is asked again to compare."""
+    challenger = table.challenger
+    return challenger is not None and place(f"shadow {challenger.manifest_sha256}", request_id) < table.shadow
+
+
+def subject_of(headers: Iterable[tuple[bytes, bytes]], body: bytes, request_id: str) -> str:
+    """Whose request it is: the API key with the body's `user`, as far as there are any; else the request is its own.
+
+    Args:
+        headers: names in lower case, as ASGI gives them.
+        body: JSON; one that cannot be read has no user.
+    """
+    key = next((value for name, value in headers if name == b"authorization"), b"")
+    user = _user(body)
+    if not key and not user:
+        return f"request {request_id}"
+    return f"{hashlib.sha256(key).hexdigest()} {user}"
+
+
+def _user(body: bytes) -> str:
+    if b'"user"' not in body and b'"safety_identifier"' not in body:
+        return ""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(fields, dict):
+        return ""
+    for name in ("user", "safety_identifier"):
+        if isinstance(value := fields.get(name), str) and value:
+            return value
+    return ""
