@@ -199,13 +199,15 @@ class Router:
             self._observe_copy(table, challenger, found)
 
     def _observe_copy(self, table: RoutingTable, route: Route, found: dict[str, Any]) -> None:
-        names = ("ttft_s", "token_s", "disagreement", "agreement")
         seen = Observation(
             route.manifest_sha256,
             bool(found["ok"]),
-            **{name: found.get(name) for name in names},
+            ttft_s=found.get("ttft_s"),
+            token_s=found.get("token_s"),
             trial=table.trial,
             shadow=True,
+            disagreement=found.get("disagreement"),
+            agreement=found.get("agreement"),
         )
         self.observe(table, route, "200" if seen.ok else "500", seen)
 
@@ -278,8 +280,9 @@ class _Attempt:
 async def _first_of(parts: AsyncGenerator[Part], gone: "asyncio.Future[None]") -> Part:
     """The next part, or `ClientDisconnect` as soon as nobody waits for it."""
     following = asyncio.ensure_future(anext(parts))
+    both: set[asyncio.Future[Any]] = {following, gone}
     try:
-        await asyncio.wait({following, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not following.done():
             raise ClientDisconnect
         return following.result()

@@ -11,12 +11,10 @@ when a replica is started again on another machine.
 
 import asyncio
 import re
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
@@ -27,12 +25,11 @@ from cluster.errors import ModelError
 from cluster.logs import setup_logging
 from cluster.resources import process_environment, threads_each
 from services.endpoint.api import build_api
-from services.endpoint.errors import ApiError
 from services.endpoint.following import Served, verified
+from services.endpoint.metering import Meter, MeteredPool, begin_meter
 from services.endpoint.metrics import VersionMetrics
 from services.endpoint.model import Piece, ServedModel
 from services.endpoint.parsing import parse_request
-from services.endpoint.pool import DecodingPool, Running
 from services.endpoint.schema import ChatRequest, CompletionRequest, EndpointArguments, Sampling
 from services.endpoint.traffic import Route
 
@@ -49,75 +46,6 @@ _UNCOUNTED_REQUESTS = 64
 Headers = list[tuple[bytes, bytes]]
 Part = tuple[int, Headers, bytes, dict[str, Any] | None]
 """Of an answer: status and headers (the same in every part), bytes of the body, and at the end the figures."""
-
-
-@dataclass
-class Meter:
-    """What answering one request took."""
-
-    started: float = field(default_factory=time.perf_counter)
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    first_s: float | None = None
-    last_s: float | None = None
-    failed: bool = False
-    """Decoding raised; a stream that had begun says so in an event."""
-
-    def add(self, item: int | Piece) -> None:
-        if isinstance(item, int):
-            self.prompt_tokens += item
-            return
-        self.completion_tokens += item.num_sampled
-        self.last_s = time.perf_counter() - self.started
-        self.first_s = self.last_s if self.first_s is None else self.first_s
-
-    def figures(self) -> dict[str, Any]:
-        """`ttft_s` of an answer without tokens is the time that it took."""
-        tokens_s = None
-        if self.first_s is not None and self.last_s is not None and self.completion_tokens > 1:
-            tokens_s = (self.last_s - self.first_s) / (self.completion_tokens - 1)
-        return {
-            "ok": not self.failed,
-            "ttft_s": time.perf_counter() - self.started if self.first_s is None else self.first_s,
-            "token_s": tokens_s,
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-        }
-
-
-_METER: ContextVar[Meter | None] = ContextVar("meter", default=None)
-
-
-class Metered:
-    """Running work that is counted by the meter of the request that started it."""
-
-    def __init__(self, running: Running[int | Piece], meter: Meter) -> None:
-        self._running, self._meter = running, meter
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> int | Piece:
-        try:
-            item = await anext(self._running)
-        except (StopAsyncIteration, ApiError, asyncio.CancelledError):
-            raise
-        except Exception:
-            self._meter.failed = True
-            raise
-        self._meter.add(item)
-        return item
-
-    def cancel(self) -> None:
-        self._running.cancel()
-
-
-class MeteredPool(DecodingPool):
-    """A pool whose work is counted, where a request has a meter."""
-
-    def start(self, work: Callable[[Callable[[], bool]], Iterator[Any]]) -> Running[Any]:
-        running, meter = super().start(work), _METER.get()
-        return running if meter is None else cast("Running[Any]", Metered(running, meter))
 
 
 @dataclass(frozen=True)
@@ -155,8 +83,7 @@ class Version:
 
     async def answer(self, path: str, query: bytes, headers: Headers, body: bytes) -> AsyncIterator[Part]:
         """Answers a POST. The first part comes with the first text, so that a failure before it has its own status."""
-        meter = Meter()
-        _METER.set(meter)
+        meter = begin_meter()
         messages: asyncio.Queue[Any] = asyncio.Queue()
         received = asyncio.Event()
 
@@ -233,8 +160,7 @@ class Version:
 
     async def _run(self, prompt_ids: list[int], sampling: Sampling) -> tuple[Meter, list[Any]]:
         self._model.check_length(prompt_ids, sampling, "prompt")
-        meter = Meter()
-        _METER.set(meter)
+        meter = begin_meter()
 
         def work(cancelled: Callable[[], bool]) -> Iterator[Piece]:
             return self._model.generate(prompt_ids, sampling, cancelled)
