@@ -145,8 +145,8 @@ def versions_table(found: dict[str, Any]) -> Table:
     table = Table(title=escape(f"{found['model_name']}: versions"), title_justify="left")
     for column in ("version", "bits per byte", "on disk"):
         table.add_column(column, justify="right")
-    for column in ("scheme", "run", "aliases", "share", "registered", "verdict", "canary"):
-        table.add_column(column)
+    for column in ("scheme", "run", "aliases", "registered", "verdict"):
+        table.add_column(column, no_wrap=column == "aliases")
     for row in found["versions"]:
         table.add_row(
             row["version"],
@@ -154,11 +154,9 @@ def versions_table(found: dict[str, Any]) -> Table:
             size(row["bytes"]) if row["bytes"] is not None else "",
             escape(row["scheme"]),
             escape(row["run"]),
-            escape(", ".join(row["aliases"])),
-            f"{row['share']:.0%}" if row["share"] else "",
+            escape(", ".join(row["aliases"])) + (f" {row['share']:.0%}" if 0 < row["share"] < 1 else ""),
             row["registered_at"].removesuffix("+00:00").replace("T", " "),
-            row["verdict"] or "",
-            row["canary"] or "",
+            ", ".join(filter(None, [row["verdict"], row["canary"] and f"canary {row['canary']}"])),
         )
     return table
 
