@@ -6,7 +6,8 @@ neither. A message through the handle costs about as much as a small model's tok
 together, at most one message every `_FLUSH_S` after the first.
 
 A version that cannot be loaded fails in its constructor: Serve then never routes to the replica, neither at first nor
-when a replica is started again on another machine.
+when a replica is started again on another machine. What needs torch is imported there too, since the supervisor, which
+starts versions, does without.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve import Application
@@ -24,14 +25,14 @@ from cluster.champions import Champion
 from cluster.errors import ModelError
 from cluster.logs import setup_logging
 from cluster.resources import process_environment, threads_each
-from services.endpoint.api import build_api
 from services.endpoint.following import Served, verified
-from services.endpoint.metering import Meter, MeteredPool, begin_meter
 from services.endpoint.metrics import VersionMetrics
-from services.endpoint.model import Piece, ServedModel
 from services.endpoint.parsing import parse_request
 from services.endpoint.schema import ChatRequest, CompletionRequest, EndpointArguments, Sampling
 from services.endpoint.traffic import Route
+
+if TYPE_CHECKING:
+    from services.endpoint.metering import Meter
 
 DEPLOYMENT = "Version"
 """Name of the deployment in every version's application: by this the applications are known."""
@@ -52,7 +53,7 @@ Part = tuple[int, Headers, bytes, dict[str, Any] | None]
 class OneVersion:
     """What the HTTP interface of a version serves: always the same."""
 
-    served: Served[ServedModel]
+    served: Served[Any]
     problem: str | None = None
 
 
@@ -63,6 +64,10 @@ class Version:
     def __init__(self, arguments: dict[str, Any], artefact: dict[str, Any]) -> None:
         import torch
 
+        from services.endpoint.api import build_api
+        from services.endpoint.metering import MeteredPool, begin_meter
+        from services.endpoint.model import ServedModel
+
         setup_logging("INFO")
         asked = EndpointArguments.model_validate(arguments)
         torch.set_num_threads(asked.threads_per_replica or threads_each(asked.replicas))
@@ -72,6 +77,7 @@ class Version:
 
         version = Champion(**artefact)
         self._model = verified(load)(version)
+        self._begin_meter = begin_meter
         self._pool = MeteredPool(asked.max_running, asked.max_waiting)
         self._api = build_api(asked, OneVersion(Served(version, self._model)), self._pool, behind_router=True)
         self._metrics = VersionMetrics(asked.model_name, version.version)
@@ -83,7 +89,7 @@ class Version:
 
     async def answer(self, path: str, query: bytes, headers: Headers, body: bytes) -> AsyncIterator[Part]:
         """Answers a POST. The first part comes with the first text, so that a failure before it has its own status."""
-        meter = begin_meter()
+        meter = self._begin_meter()
         messages: asyncio.Queue[Any] = asyncio.Queue()
         received = asyncio.Event()
 
@@ -158,11 +164,11 @@ class Version:
         room = self._model.max_context_tokens - len(prompt_ids)
         return max(0, min(_COMPARED_TOKENS, self._model.max_new_tokens, room))
 
-    async def _run(self, prompt_ids: list[int], sampling: Sampling) -> tuple[Meter, list[Any]]:
+    async def _run(self, prompt_ids: list[int], sampling: Sampling) -> "tuple[Meter, list[Any]]":
         self._model.check_length(prompt_ids, sampling, "prompt")
-        meter = begin_meter()
+        meter = self._begin_meter()
 
-        def work(cancelled: Callable[[], bool]) -> Iterator[Piece]:
+        def work(cancelled: Callable[[], bool]) -> Iterator[Any]:
             return self._model.generate(prompt_ids, sampling, cancelled)
 
         running = self._pool.start(work)
