@@ -22,6 +22,8 @@ class EndpointConfig(Config):
     port: int = execution(8000, ge=1, le=65535)
     replicas: int = execution(1, ge=1)
     """Of each version that serves; each holds the model."""
+    keep_previous: bool = execution(False)
+    """Leave the version that served before in memory, so that a rollback is served at once."""
     routers: int = execution(1, ge=1)
     """Processes that take requests and pass them to the versions."""
     threads_per_replica: int | None = execution(None, ge=1)

@@ -121,6 +121,8 @@ class Supervisor:
         self._started = clock()
         self._waiting: tuple[Champion, float] | None = None
         """A champion that is not served yet, and since when."""
+        self._previous: Route | None = None
+        """The champion before, as far as it reigned while this supervisor looked."""
         self.urgent = threading.Event()
         """Set when `poll` has something to write down."""
 
@@ -198,6 +200,8 @@ class Supervisor:
                 self._set_table(problem=problem)
                 return
             reign = Reign(served.champion.epoch, served.champion.promoted_at)
+            if (before := self._table.champion) is not None and before.app != served.model.app:
+                self._previous = before
             self._set_table(champion=served.model, reign=reign, problem=problem)
 
     def _slow_start(self) -> str | None:
@@ -307,6 +311,8 @@ class Supervisor:
     def _sweep(self) -> None:
         """Ends applications that nobody needs: in no table, not starting, and without requests in any router."""
         needed = {route.app for route in self._table.routes()}
+        if self._arguments.keep_previous and self._previous is not None:
+            needed.add(self._previous.app)
         for version in (self._follower.wanted, self._canary_wanted()):
             if version is not None:
                 needed.add(self._applications.name_of(version))

@@ -65,10 +65,10 @@ class Applications:
 class Endpoint:
     """A supervisor with its clock, and one router that asks it."""
 
-    def __init__(self, database: str) -> None:
+    def __init__(self, database: str, **config: Any) -> None:
         self.now = 100.0
         self.applications = Applications()
-        arguments = EndpointArguments(model_name=MODEL, database=database)
+        arguments = EndpointArguments(model_name=MODEL, database=database, **config)
         self.supervisor = Supervisor(arguments, self.applications, lambda: self.now)
         self.table = RoutingTable()
         self.traffic: dict[str, Any] = {}
@@ -180,6 +180,21 @@ def test_supervisor_started_anew_hears_the_routers_before_it_ends_anything(endpo
     again.poll()
     assert endpoint.applications.removed == ["v1"]
     assert endpoint.applications.started == ["v1", "v2"], "what runs already is not started again"
+
+
+def test_previous_champion_is_kept_for_a_rollback_if_asked(database: str) -> None:
+    endpoint = Endpoint(database, keep_previous=True)
+    for number in (1, 2, 3):
+        crown_one(database, number)
+        endpoint.turn(4)
+        assert shown(endpoint.table)[0] == str(number)
+    assert endpoint.applications.removed == ["v1"]
+    rollback_without_files(database, "sqlite:////nowhere/mlflow.db")
+    endpoint.supervisor.poll()
+    endpoint.tell()
+    assert shown(endpoint.table)[0] == "2", "at the first look"
+    endpoint.turn()
+    assert endpoint.applications.started == ["v1", "v2", "v3"]
 
 
 def test_damaged_champion_leaves_the_old_one_and_is_tried_again_later(
