@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from cluster.champions import find_champion
+from cluster.errors import PromotionRefused
 from cluster.registry import find_version, list_versions
 from cluster.tracking import register_version
+from jobs.config import PromoteConfig
+from jobs.promote import promote
 from services.endpoint.schema import CanaryConfig
 from tests.endpoint_models import be_no_numbers, fail_on_text, publish_version
 from tests.running_endpoint import MODEL, RunningEndpoint, running_endpoint, wait_until
@@ -87,13 +90,21 @@ class Users:
                 self.problems.append(repr(error))
 
 
-def test_spoilt_challenger_is_taken_down_without_a_failed_request(
+def test_spoilt_version_is_refused_by_the_gate_and_forced_is_taken_down_without_a_failed_request(
     endpoint: RunningEndpoint, tracking: str, add: Callable[..., Any]
 ) -> None:
-    version = add(seed=5, spoil=fail_on_text)
+    version = dict(zip(("version", "uri", "manifest_sha256"), add(seed=5, spoil=fail_on_text), strict=True))
+
+    def ask_for(bits_per_byte: float, force: bool = False) -> dict[str, Any]:
+        figures = {"bits_per_byte": 2.0}, {"bits_per_byte": bits_per_byte}
+        places = endpoint.database, tracking
+        return promote(PromoteConfig(), MODEL, version, *figures, *places, force=force, canary=PLAN)[1]
+
+    with pytest.raises(PromotionRefused, match=r"promote\.max_quality_drop"):
+        ask_for(9.0)
     with Users(endpoint) as users:
         wait_until(lambda: users.answered > 5)
-        endpoint.challenge(*version, PLAN)
+        assert ask_for(9.0, force=True)["canary"]["share"] == 0.2
         wait_until(lambda: endpoint.canary().state == "failed")
         answered = users.answered
         wait_until(lambda: users.answered > answered + 10)
@@ -103,8 +114,10 @@ def test_spoilt_challenger_is_taken_down_without_a_failed_request(
     assert 2 <= json.loads(ended.figures)["errors"] <= 8
     assert endpoint.health()["version"] == "1"
     assert set(endpoint.traffic()) == {"1"}
-    wait_until(lambda: find_version(tracking, MODEL, version[0]).tags.get("canary") == "failed")
-    assert find_version(tracking, MODEL, version[0]).aliases == []
+    wait_until(lambda: find_version(tracking, MODEL, version["version"]).tags.get("canary") == "failed")
+    assert find_version(tracking, MODEL, version["version"]).aliases == []
+    with pytest.raises(PromotionRefused, match="its canary was taken down"):
+        ask_for(2.0)
 
 
 def test_challenger_that_cannot_be_loaded_is_taken_down(endpoint: RunningEndpoint, add: Callable[..., Any]) -> None:
