@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cluster.champions import Champion
 from services.endpoint.api import read_body
 from services.endpoint.canary import Observation
-from services.endpoint.errors import internal, unavailable
+from services.endpoint.errors import ApiError, internal, unavailable
 from services.endpoint.following import Served
 from services.endpoint.metrics import RouterMetrics
 from services.endpoint.schema import EndpointArguments
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 _KEPT_OBSERVATIONS = 10_000
 """While the supervisor is away; then the oldest are forgotten."""
+_LOOK_S = 2.0
+"""How often a request that waits looks whether there is anything to wait for."""
 _MOST_COMPARISONS = 4
 """At one time; while so many run, no other request is compared."""
 _COMPARED_PATHS = ("/v1/completions", "/v1/chat/completions")
@@ -135,6 +137,8 @@ class Router:
         request = Request(scope, receive)
         body = await read_body(request, self._arguments.max_body_bytes)
         table = self.table
+        if table.stalled:
+            raise _no_replica()
         request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
         first = pick(table, subject_of(scope["headers"], body, request_id))
         if first is None or table.champion is None:
@@ -142,13 +146,13 @@ class Router:
         route = first
         attempt = _Attempt(self, table, route)
         answered = await attempt.run(request, body, send)
-        if not answered:
+        if not answered and not self.table.stalled:
             table = self.table
             route = table.champion or route
             attempt = _Attempt(self, table, route)
             answered = await attempt.run(request, body, send)
         if not answered:
-            raise unavailable("The model's replica ended; try again.", "replica_ended", retry_after_s=1)
+            raise _no_replica()
         if route == table.champion and attempt.ok and scope["path"] in _COMPARED_PATHS:
             self._shadow(table, request_id, scope["path"], body)
 
@@ -239,7 +243,7 @@ class _Attempt:
         begun = False
         while True:
             try:
-                status, headers, content, figures = await _first_of(parts, gone)
+                status, headers, content, figures = await _first_of(parts, gone, self._is_stalled)
             except (ClientDisconnect, asyncio.CancelledError):
                 raise
             except Exception as error:  # the replica died, or raised what its interface did not catch
@@ -261,6 +265,10 @@ class _Attempt:
                 self._observe("broken" if failed and status < 500 else str(status), figures, ok=not failed)
                 return True
 
+    def _is_stalled(self) -> bool:
+        table = self._router.table
+        return table.stalled and table.champion == self._route
+
     def _observe(self, status: str, figures: dict[str, Any] | None, ok: bool = False) -> None:
         """An answer of status 4xx is the client's mistake: it is counted, and says nothing about the version."""
         found = figures or {}
@@ -277,12 +285,18 @@ class _Attempt:
         self._router.observe(self._table, self._route, status, seen)
 
 
-async def _first_of(parts: AsyncGenerator[Part], gone: "asyncio.Future[None]") -> Part:
-    """The next part, or `ClientDisconnect` as soon as nobody waits for it."""
+async def _first_of(parts: AsyncGenerator[Part], gone: "asyncio.Future[None]", give_up: Callable[[], bool]) -> Part:
+    """The next part, or `ClientDisconnect` as soon as nobody waits for it.
+
+    Raises:
+        ConnectionError: `give_up`, asked now and then, says that none will come.
+    """
     following = asyncio.ensure_future(anext(parts))
     both: set[asyncio.Future[Any]] = {following, gone}
     try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        while not (await asyncio.wait(both, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED))[0]:
+            if give_up():
+                raise ConnectionError("no replica runs")
         if not following.done():
             raise ClientDisconnect
         return following.result()
@@ -291,6 +305,10 @@ async def _first_of(parts: AsyncGenerator[Part], gone: "asyncio.Future[None]") -
             following.cancel()
             with contextlib.suppress(BaseException):
                 await following
+
+
+def _no_replica() -> ApiError:
+    return unavailable("No replica of the model runs now; try again.", "replica_ended", retry_after_s=1)
 
 
 async def _until_gone(request: Request) -> None:

@@ -34,6 +34,7 @@ _RECENT_S = 60.0
 _ROUTER_SILENT_S = 30.0
 """A router that was not heard for so long is gone, and so are its requests."""
 _SLOW_START_S = 60.0
+_STALLED_S = 20.0
 _MOST_ATTEMPTS = 3
 """To start a challenger, before it is taken down; one that is damaged has one."""
 
@@ -49,6 +50,9 @@ class Applications(Protocol):
     def start(self, version: Champion) -> None: ...
 
     def route(self, version: Champion) -> Route: ...
+
+    def running(self, name: str) -> int:
+        """Replicas that run."""
 
     def queue(self, name: str) -> int:
         """Requests that run or wait there."""
@@ -121,6 +125,7 @@ class Supervisor:
         self._started = clock()
         self._waiting: tuple[Champion, float] | None = None
         """A champion that is not served yet, and since when."""
+        self._alone_since: float | None = None
         self._previous: Route | None = None
         """The champion before, as far as it reigned while this supervisor looked."""
         self.urgent = threading.Event()
@@ -194,7 +199,10 @@ class Supervisor:
     def _follow_champion(self) -> None:
         self._follower.poll(self._arguments.poll_s)
         served = self._follower.served
+        stalled = served is not None and self._has_no_replica(served.model)
         problem = self._follower.problem or self._slow_start()
+        if stalled and served is not None:
+            problem = f"version {served.champion.version} has no replica that runs; Serve tries to start one"
         with self._lock:
             if served is None:
                 self._set_table(problem=problem)
@@ -202,7 +210,15 @@ class Supervisor:
             reign = Reign(served.champion.epoch, served.champion.promoted_at)
             if (before := self._table.champion) is not None and before.app != served.model.app:
                 self._previous = before
-            self._set_table(champion=served.model, reign=reign, problem=problem)
+            self._set_table(champion=served.model, reign=reign, stalled=stalled, problem=problem)
+
+    def _has_no_replica(self, route: Route) -> bool:
+        """Whether that has been so for a while; a replica that died is usually replaced in less."""
+        if self._applications.running(route.app):
+            self._alone_since = None
+            return False
+        self._alone_since = self._clock() if self._alone_since is None else self._alone_since
+        return self._clock() - self._alone_since >= _STALLED_S
 
     def _slow_start(self) -> str | None:
         """What is wrong if a champion takes long to start; where a cluster has no room for it, it never does."""

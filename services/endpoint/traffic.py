@@ -47,6 +47,8 @@ class RoutingTable:
     """Of the subjects, answered by the challenger."""
     shadow: float = 0.0
     """Of the champion's requests, asked again to compare."""
+    stalled: bool = False
+    """No replica of the champion runs, and none has for a while: a request would only wait."""
     problem: str | None = "the endpoint is starting"
     """Why the champion of the database is not what serves; None when all is well."""
     canary: dict[str, Any] | None = field(default=None, compare=False)

@@ -271,6 +271,11 @@ class VersionApplications:
             **{key: facts[key] for key in ("scheme", "max_context_tokens", "max_new_tokens")},
         )
 
+    def running(self, name: str) -> int:
+        """Replicas of an application that run."""
+        found = serve.status().applications.get(name)
+        return sum(item.replica_states.get("RUNNING", 0) for item in found.deployments.values()) if found else 0
+
     def queue(self, name: str) -> int:
         """Requests that run or wait in all replicas of an application."""
         replies = serve.get_deployment_handle(DEPLOYMENT, app_name=name).broadcast("describe").results(timeout_s=5)

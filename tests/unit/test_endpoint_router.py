@@ -11,6 +11,8 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+from services.endpoint import router
+from services.endpoint import versions as version_module
 from services.endpoint.api import API_KEYS_VARIABLE, build_api
 from services.endpoint.canary import Observation
 from services.endpoint.metrics import RouterMetrics
@@ -254,6 +256,24 @@ def test_champion_whose_replica_dies_before_an_answer_is_asked_once_more(bench: 
     assert response.headers["retry-after"] == "1"
 
 
+def test_request_for_a_champion_without_a_replica_is_refused_also_while_it_waits(
+    bench: Bench, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router, "_LOOK_S", 0.01)
+
+    class Waits(Broken):
+        async def answer(self, *asked: Any) -> AsyncGenerator[Part]:
+            bench.set(stalled=True)  # as the supervisor finds out while the request waits for a replica
+            await asyncio.Event().wait()
+            yield 200, [], b"", None
+
+    bench.versions["v1"] = Waits(bench.versions["v1"], "")
+    for _ in range(2):  # one that waits, one that comes then
+        response = client.post("/v1/completions", json=TEXT)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "replica_ended")
+    assert len(bench.seen()) == 1
+
+
 def test_shadow_compares_both_versions_and_nobody_waits(bench: Bench, client: TestClient) -> None:
     bench.set(share=0.0, shadow=1.0)
     for path, body in (("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)):
@@ -285,7 +305,10 @@ def wait_for(bench: Bench, count: int) -> list[Observation]:
     return seen
 
 
-def test_stream_is_sent_in_far_fewer_parts_than_tokens(versions: dict[str, Any]) -> None:
+def test_stream_is_sent_in_far_fewer_parts_than_tokens(
+    versions: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(version_module, "_FLUSH_S", 0.3)  # so that a machine that is busy sends together too
     body = json.dumps({**TEXT, "max_tokens": 64, "stream": True}).encode()
 
     async def parts() -> list[Part]:

@@ -51,6 +51,9 @@ class Applications:
     def route(self, version: Champion) -> Route:
         return Route(self.name_of(version), version.version, version.manifest_sha256, version.uri, "float", 200, 64)
 
+    def running(self, name: str) -> int:
+        return self.words.get(name) == "RUNNING"
+
     def queue(self, name: str) -> int:
         return 0
 
@@ -223,6 +226,19 @@ def test_champion_that_finds_no_room_says_so(endpoint: Endpoint, database: str) 
     endpoint.tell()
     assert shown(endpoint.table)[0] == "1"
     assert "version 2 has been starting for over 60 s" in endpoint.table.problem
+
+
+def test_champion_without_a_replica_is_said_after_a_while_and_served_when_it_is_back(endpoint: Endpoint) -> None:
+    endpoint.applications.words["v1"] = "UNHEALTHY"
+    endpoint.turn(1)
+    assert (endpoint.table.stalled, endpoint.table.problem) == (False, None), "it is being replaced"
+    endpoint.now += 21
+    endpoint.turn(1)
+    assert endpoint.table.stalled
+    assert endpoint.table.problem == "version 1 has no replica that runs; Serve tries to start one"
+    endpoint.applications.words["v1"] = "RUNNING"
+    endpoint.turn(1)
+    assert (endpoint.table.stalled, endpoint.table.problem) == (False, None)
 
 
 def test_poll_survives_a_database_that_is_away(endpoint: Endpoint, database: str) -> None:
