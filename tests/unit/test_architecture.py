@@ -27,6 +27,8 @@ LIGHT = sorted(
     | {"cluster.promotions", "cluster.processes", "cluster.registry", "cluster.names", "jobs.gate", "jobs.rollback"}
     | {"jobs.config", "jobs.ledger", "jobs.training.plan", "jobs.training.choice", "jobs.training.objective"}
     | {"jobs.__main__", "jobs.evaluating.compression", "jobs.evaluating.questions"}
+    | {"cluster.canaries", "cluster.crowning"}
+    | {f"services.endpoint.{name}" for name in ("canary", "following", "supervisor", "traffic")}
     | {name for name in MODULES if re.fullmatch(r"services\.\w+\.(schema|signals|packing|client)", name)}
 )
 """These import neither torch nor ray when they are imported."""
@@ -208,7 +210,7 @@ def test_importing_all_modules_does_nothing(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["ray"] is False
-    ours = [name for name in found["threads"] if name in ("tracking", "progress", "champion-follower")]
+    ours = [name for name in found["threads"] if name in ("tracking", "progress", "supervisor", "router-exchange")]
     assert not ours
     for path in (here, scratch):
         assert not list(path.rglob("*"))
