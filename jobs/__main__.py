@@ -143,6 +143,13 @@ def promote(
 
         champion, verdict = promote_version(_load(config, overrides), str(version), force)
         found = {"champion": vars(champion), "verdict": verdict}
+        if canary := verdict.get("canary"):
+            steps = ", ".join(f"{share:.0%}" for share in canary["steps"])
+            return found, (
+                f"{champion.model_name}: version {canary['version']} is challenger, at {canary['share']:.0%} of the "
+                f"traffic (steps: {steps}); version {champion.version} stays champion meanwhile\n"
+                f"Watch it:  {shlex.join([_program(), 'versions', str(config)])}"
+            )
         return found, f"{champion.model_name}: version {champion.version} is champion (epoch {champion.epoch})"
 
     if version is None:
@@ -158,14 +165,18 @@ def rollback(
     to: Annotated[str | None, typer.Option(metavar="N", help="This version, if it ever was champion.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the champion before champion again."""
+    """Make the champion before champion again; while a canary runs, end it instead."""
 
     def back() -> tuple[dict[str, Any], str]:
-        from jobs.rollback import rollback
+        from jobs.rollback import end_running_canary, rollback
         from jobs.versions import model_of
 
         loaded = _load(config, overrides)
         model = model_of(loaded)
+        ended = end_running_canary(model.name, model.database, model.tracking)
+        if ended is not None and to is None:
+            said = f"{model.name}: the canary of version {ended.version} is ended, the champion stays"
+            return {"canary": vars(ended)}, said
         champion, before = rollback(model.name, model.database, model.tracking, to=to, run=loaded.name)
         said = f"{model.name}: version {champion.version} is champion (epoch {champion.epoch}), before {before.version}"
         return {"champion": vars(champion), "before": vars(before)}, said

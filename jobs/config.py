@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from cluster.config import Config, execution
 from cluster.connection import ClusterConfig
 from cluster.names import NAME
-from services.endpoint.schema import EndpointConfig
+from services.endpoint.schema import CanaryConfig, EndpointConfig
 from services.teacher.signals import SignalKind
 
 Name = Annotated[str, Field(pattern=NAME), AfterValidator(lambda name: _no_dots(name))]
@@ -332,6 +332,8 @@ class PromoteConfig(Config):
 class ServeConfig(EndpointConfig):
     question: str = "Return a list of"
     """What `run` asks the endpoint at the end."""
+    canary: CanaryConfig | None = execution(None)
+    """A promoted version first serves a growing share of the traffic beside the champion; without, all at once."""
 
 
 class RunConfig(Config):

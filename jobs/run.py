@@ -16,11 +16,11 @@ from cluster.api_keys import check_address
 from cluster.champions import database_url
 from cluster.config import fingerprint
 from cluster.connection import connect
+from cluster.crowning import settle
 from cluster.errors import ConfigError, UserError
 from cluster.storage import open_storage
 from cluster.tracking import Tracker, tracking_uri
 from jobs.config import RunConfig
-from jobs.crowning import settle
 from jobs.ledger import SUMMARY, Ledger, StageRecord
 from jobs.lock import only_one
 from jobs.preflight import check_cluster, check_config, check_shapes

@@ -8,11 +8,11 @@ from typing import Any
 
 from cluster.api_keys import has_keys, temporary_key
 from cluster.champions import database_url, find_champion
+from cluster.crowning import settle
 from cluster.errors import ConfigError, CorruptArtifact
 from cluster.published import check_version_files, read_through
 from cluster.tracking import tracking_uri
 from jobs.config import RunConfig
-from jobs.crowning import settle
 from services.endpoint.client import ask, start_endpoint, stop_endpoint
 from services.endpoint.schema import EndpointConfig
 
@@ -27,8 +27,9 @@ def endpoint_config(config: RunConfig) -> EndpointConfig:
 def ask_once(config: RunConfig) -> dict[str, Any]:
     """Starts the endpoint, asks `serve.question`, stops it. Needs a connected Ray."""
     database = database_url(config.state_directory)
+    tracking = tracking_uri(config.state_directory)
     with temporary_key(database, f"run {config.name}", config.model_name, lifetime_s=_ONE_QUESTION_S) as key:
-        url = start_endpoint(endpoint_config(config), config.model_name, database)
+        url = start_endpoint(endpoint_config(config), config.model_name, database, tracking=tracking)
         try:
             answer = ask(url, config.model_name, config.serve.question, max_tokens=48, api_key=key)
         finally:
@@ -60,8 +61,8 @@ def check_champion(config: RunConfig) -> None:
 def serve_until_interrupted(config: RunConfig, say: Any) -> None:
     """Keeps the endpoint up until SIGINT or SIGTERM. Needs a connected Ray."""
     stop = threading.Event()
-    database = database_url(config.state_directory)
-    url = start_endpoint(endpoint_config(config), config.model_name, database)
+    database, tracking = database_url(config.state_directory), tracking_uri(config.state_directory)
+    url = start_endpoint(endpoint_config(config), config.model_name, database, tracking=tracking)
     say(f"{config.model_name} answers at {url}/v1 (Ctrl-C stops it); a page to look at and try it: {url}/")
     say("Try:")
     key = ' -H "Authorization: Bearer $RAYSTILL_KEY"' if has_keys(database) else ""

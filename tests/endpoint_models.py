@@ -1,6 +1,7 @@
 """Random, tiny versions for the tests of the endpoint: a Llama with a byte-level tokenizer, published and crowned."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,29 @@ def save_version(directory: Path, seed: int = 0) -> LlamaForCausalLM:
     return model
 
 
-def publish_version(directory: Path, root: Path, version: str, seed: int) -> tuple[str, str]:
-    """Publishes a fresh version below `root`; returns its URI and the hash of its manifest."""
-    save_version(directory, seed)
+def publish_version(
+    directory: Path, root: Path, version: str, seed: int, spoil: Callable[[LlamaForCausalLM], None] | None = None
+) -> tuple[str, str]:
+    """Publishes a fresh version below `root`, changed by `spoil`; returns its URI and the hash of its manifest."""
+    model = save_version(directory, seed)
+    if spoil is not None:
+        with torch.no_grad():
+            spoil(model)
+        model.save_pretrained(directory)
     storage = open_storage(str(root))
     manifest = publish_directory(directory, storage, f"versions/{version}", scheme="float")
     return f"{storage.uri}/versions/{version}", manifest_sha256(manifest)
+
+
+def fail_on_text(model: LlamaForCausalLM) -> None:
+    """Spoils a model so that it loads and raises on every prompt: all embeddings but the first, which is read as a
+    check when it is loaded, are no numbers."""
+    model.get_input_embeddings().weight[1:] = float("nan")
+
+
+def be_no_numbers(model: LlamaForCausalLM) -> None:
+    """Spoils a model so that it cannot be loaded."""
+    model.get_input_embeddings().weight[:] = float("nan")
 
 
 def crown_version(database: str, model_name: str, version: str, uri: str, manifest_hash: str) -> champions.Champion:

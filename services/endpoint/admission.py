@@ -107,6 +107,7 @@ class Counting(Protocol):
 
     def admit(self, model: str, body_bytes: int, max_new_tokens: int) -> None: ...
     def use(self, num_tokens: int) -> None: ...
+    def use_reserved(self) -> None: ...
     def counted(self, work: Work[T]) -> Work[T]: ...
 
 
@@ -149,6 +150,10 @@ class Account:
     def use(self, num_tokens: int) -> None:
         """Counts tokens that were read or written for this request."""
         self._used += num_tokens
+
+    def use_reserved(self) -> None:
+        """Counts what was reserved as used: for a request whose cost nobody says."""
+        self._used = self._reserved or 0
 
     def counted(self, work: Work[T]) -> Work[T]:
         """The same work; what passes is counted: first the number of prompt tokens, then pieces by `num_sampled`."""

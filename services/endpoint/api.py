@@ -9,7 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -23,7 +23,7 @@ from services.endpoint.encoder_schema import ClassificationRequest, EmbeddingReq
 from services.endpoint.encoders import EncoderModel
 from services.endpoint.envelope import Envelope, account_of, error_response
 from services.endpoint.errors import ApiError, not_supported, unavailable
-from services.endpoint.following import Served
+from services.endpoint.following import Served, Serving
 from services.endpoint.keys import KeyRing
 from services.endpoint.limits import Limits
 from services.endpoint.model import ServedModel
@@ -52,18 +52,8 @@ _DOES = {
 }
 
 
-class Follower(Protocol):
-    """Where the model comes from."""
-
-    @property
-    def served(self) -> Served | None: ...
-
-    @property
-    def problem(self) -> str | None: ...
-
-
 def build_api(
-    arguments: ServedArguments, follower: Follower, *, place: Literal["alone", "front", "behind"] = "alone"
+    arguments: ServedArguments, follower: Serving[Any], *, place: Literal["alone", "front", "behind"] = "alone"
 ) -> FastAPI:
     """The application. `follower` stays the caller's to stop; the keys are followed while it runs.
 
@@ -183,7 +173,7 @@ def build_api(
 
         return await respond_at_once(request, model.start(work))
 
-    def current() -> Served:
+    def current() -> Served[ServedModel]:
         served = follower.served
         if served is None:
             raise unavailable(f"No model is served: {follower.problem}", "model_not_ready", retry_after_s=5)
@@ -246,7 +236,7 @@ def _gate(arguments: ServedArguments, is_router: bool) -> Gate:
     return Gate(admission, Limits(processes))
 
 
-def _card(served: Served) -> ModelCard:
+def _card(served: Served[Any]) -> ModelCard:
     created = int(datetime.fromisoformat(served.champion.promoted_at).timestamp())
     return ModelCard(id=served.champion.model_name, created=created)
 

@@ -20,12 +20,19 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def start_endpoint(
-    config: EndpointConfig, model_name: str, database: str, *, timeout_s: float = 180.0, blocking: bool = False
+    config: EndpointConfig,
+    model_name: str,
+    database: str,
+    *,
+    tracking: str = "",
+    timeout_s: float = 180.0,
+    blocking: bool = False,
 ) -> str:
     """Runs the endpoint on the connected Ray and waits until it serves; returns its base URL.
 
     Args:
-        database: SQLAlchemy URL of the champions database, reachable from every replica.
+        database: SQLAlchemy URL of the champions database, reachable from every node.
+        tracking: MLflow's URI, likewise, where the end of a canary is written down; empty: only in the database.
         timeout_s: how long to wait for the first champion to be loaded.
         blocking: return only when interrupted, and stop the endpoint then.
 
@@ -37,7 +44,7 @@ def start_endpoint(
 
     from services.endpoint.deployment import app
 
-    application = app({**config.model_dump(), "model_name": model_name, "database": database})
+    application = app({**config.model_dump(), "model_name": model_name, "database": database, "tracking": tracking})
     start_serve(config.host, config.port)
     if APP_NAME in serve.status().applications:  # running it again would replace it, and stopping it end the other
         raise PortInUse(
@@ -86,10 +93,31 @@ def start_directory(arguments: DirectoryArguments, timeout_s: float = 600.0) -> 
 
 
 def stop_endpoint() -> None:
-    """Removes the application; answers that are being written are finished first."""
+    """Removes the application, then those of its versions; answers that are being written are finished first."""
     from ray import serve
 
-    while_ray_lives(lambda: serve.delete(APP_NAME))
+    from services.endpoint.versions import version_applications
+
+    def remove() -> None:
+        serve.delete(APP_NAME)
+        for name in version_applications():
+            serve.delete(name)
+
+    while_ray_lives(remove)
+
+
+def ask_traffic(url: str, api_key: str | None = None) -> dict[str, Any]:
+    """What `GET /v1/raystill/traffic` says: shares and recent figures of each version, and the canary.
+
+    Raises:
+        EndpointUnavailable: no answer, or an error.
+    """
+    headers = {"authorization": f"Bearer {api_key}"} if api_key is not None else {}
+    try:
+        with _opener.open(urllib.request.Request(f"{url}/v1/raystill/traffic", headers=headers), timeout=10) as reply:
+            return json.load(reply)
+    except (OSError, ValueError) as error:
+        raise EndpointUnavailable(f"endpoint {url}: it does not say its traffic ({error})") from error
 
 
 def base_url(config: EndpointConfig) -> str:

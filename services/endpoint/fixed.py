@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from cluster.champions import Champion
 from cluster.model_directory import read_model_directory
 from services.endpoint.following import Served
-from services.endpoint.loading import load_model
+from services.endpoint.loading import AnyModel, load_model
 from services.endpoint.schema import DirectoryArguments
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class FixedModel:
             logger.info("Not opened, since they may hold code: %s", ", ".join(found.left_alone[:8]))
         as_of = datetime.fromtimestamp((found.path / "config.json").stat().st_mtime, UTC)
         entry = Champion(arguments.model_name, 0, found.version, found.path.as_uri(), "", as_of.isoformat())
-        self.served: Served | None = Served(entry, load_model(found.path, arguments))
+        self.served: Served[AnyModel] | None = Served(entry, load_model(found.path, arguments))
 
     def stop(self) -> None:
         """Nothing to stop: nothing is watched."""

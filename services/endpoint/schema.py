@@ -21,9 +21,14 @@ class EndpointConfig(Config):
     host: str = execution("127.0.0.1")
     port: int = execution(8000, ge=1, le=65535)
     replicas: int = execution(1, ge=1)
+    """Of each version that serves; each holds the model."""
+    keep_previous: bool = execution(False)
+    """Leave the version that served before in memory, so that a rollback is served at once."""
+    routers: int = execution(1, ge=1)
+    """Processes that take requests and pass them to the versions."""
     threads_per_replica: int | None = execution(None, ge=1)
     poll_s: float = execution(2.0, gt=0)
-    """How often a replica looks whether there is a new champion."""
+    """How often the endpoint looks whether there is a new champion, and its routers tell what they saw."""
     max_context_tokens: int = Field(2048, ge=8)
     """Prompt and answer together; the model's own limit counts too."""
     max_new_tokens: int = Field(256, ge=1)
@@ -60,6 +65,44 @@ class EndpointArguments(ServedArguments):
 
     database: str = Field(min_length=1)
     """SQLAlchemy URL of the database that holds the champion's row."""
+    tracking: str = ""
+    """MLflow's URI, where the end of a canary is written down; empty: only in the database."""
+
+
+class CanaryConfig(Config):
+    """How a challenger becomes champion: shares of the traffic, and the limits that take it down on the way.
+
+    A step is passed when it has lasted `hold_s`, the challenger has answered `min_requests`, and every limit is kept.
+    With less evidence nothing is decided: the challenger stays at its step.
+    """
+
+    steps: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.05, 0.25, 0.5], min_length=1)
+    """Shares of the users that the challenger answers, one step after the other; 0 with `shadow` only compares."""
+    hold_s: float = Field(60.0, ge=0)
+    """Least time at each step."""
+    min_requests: int = Field(50, ge=1)
+    """Least number of the challenger's answers at each step (at a step of 0, of comparisons)."""
+    max_error_rate: float = Field(0.01, ge=0, lt=1)
+    """Largest share of answers that failed: status 5xx, a stream that broke, a replica that died."""
+    max_latency_ratio: float | None = Field(1.5, gt=0)
+    """Largest median of the time to the first token, and of the time per token, as a multiple of the champion's."""
+    max_disagreement: float | None = Field(None, gt=0)
+    """Largest mean difference, in nats per token, between the log-probabilities that champion and challenger give to
+    the champion's greedy answer; needs `shadow`."""
+    shadow: float = Field(0.0, ge=0, le=1)
+    """Share of the champion's requests that are asked again, of both versions, only to compare them."""
+
+    @model_validator(mode="after")
+    def _steps_rise_and_compare(self) -> Self:
+        if any(later <= earlier for earlier, later in zip(self.steps, self.steps[1:], strict=False)):
+            raise ValueError(f"steps={self.steps} must rise: give each share once, the smallest first")
+        if self.steps[0] == 0 and not self.shadow:
+            raise ValueError("steps begins with 0, where only shadow traffic shows anything, and shadow=0: set shadow")
+        if self.max_disagreement is not None and not self.shadow:
+            raise ValueError(
+                f"max_disagreement={self.max_disagreement} compares answers to shadow traffic, and shadow=0: set shadow"
+            )
+        return self
 
 
 class DirectoryArguments(ServedArguments):

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from services.endpoint.api import build_api
 from services.endpoint.engines.scheduler import Load
 from services.endpoint.errors import ApiError
-from services.endpoint.following import ChampionFollower
+from services.endpoint.following import ChampionFollower, verified
 from services.endpoint.model import Piece, ServedModel
 from services.endpoint.pool import WorkPool
 from services.endpoint.schema import EndpointArguments
@@ -55,7 +55,7 @@ def follower(arguments: EndpointArguments) -> ChampionFollower:
     def load(directory: Path) -> ServedModel:
         return ServedModel(directory, arguments.max_context_tokens, arguments.max_new_tokens)
 
-    follower = ChampionFollower(MODEL, arguments.database, load)
+    follower = ChampionFollower(MODEL, arguments.database, verified(load))
     follower.poll()
     assert follower.problem is None
     return follower
