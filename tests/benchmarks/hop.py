@@ -106,7 +106,7 @@ def direct_deployment() -> Any:
     from ray import serve
 
     from cluster.champions import Champion
-    from services.endpoint.schema import EndpointArguments
+    from services.endpoint.schema import ServedArguments
 
     @serve.deployment(max_ongoing_requests=100, ray_actor_options={"num_cpus": 0})
     @serve.ingress()
@@ -121,12 +121,10 @@ def direct_deployment() -> Any:
             from services.endpoint.api import build_api
             from services.endpoint.following import Served, verified
             from services.endpoint.model import ServedModel
-            from services.endpoint.pool import DecodingPool
             from services.endpoint.versions import OneVersion
 
             model = verified(lambda directory: ServedModel(directory, 400, 380))(self._champion)
-            arguments = EndpointArguments(model_name=MODEL, database="none:")
-            return build_api(arguments, OneVersion(Served(self._champion, model)), DecodingPool(2, 32))
+            return build_api(ServedArguments(model_name=MODEL), OneVersion(Served(self._champion, model)))
 
     return Direct
 

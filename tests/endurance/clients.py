@@ -75,10 +75,10 @@ def _run(running: Endpoint, name: str, calls: int, parallel: int) -> tuple[tuple
     grown = _rss_mb() - settled
     api.close()
     deadline = time.monotonic() + 10
-    while (_connections() > before or running.pool.num_admitted) and time.monotonic() < deadline:
+    while (_connections() > before or running.num_admitted) and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.1)
-    left, admitted = _connections() - before, running.pool.num_admitted
+    left, admitted = _connections() - before, running.num_admitted
     # LangChain's models share HTTP clients that live as long as the process; their pools are bounded.
     allowed = 2 * parallel if name == "langchain" else 0
     row = (f"{2 * calls:,}", str(failed), f"{2 * calls / took:.0f}", f"{grown:.1f}", str(left), str(admitted))

@@ -17,7 +17,7 @@ from cluster.api_keys import create_key, opened_keys
 from services.endpoint import keys
 from services.endpoint.api import build_api
 from services.endpoint.client import ask
-from services.endpoint.following import ChampionFollower
+from services.endpoint.following import ChampionFollower, verified
 from services.endpoint.model import Piece, ServedModel
 from services.endpoint.schema import EndpointArguments
 from tests.endpoint_models import crown_version, publish_version
@@ -68,7 +68,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     database = f"sqlite:///{tmp_path}/champions.db"
     crown_version(database, MODEL, "1", *publish_version(tmp_path / "local", tmp_path / "storage", "1", seed=0))
     arguments = EndpointArguments(model_name=MODEL, database=database, max_new_tokens=64)
-    follower = ChampionFollower(MODEL, database, lambda directory: ServedModel(directory, 200, 64))
+    follower = ChampionFollower(MODEL, database, verified(lambda directory: ServedModel(directory, 200, 64)))
     follower.poll()
     server = uvicorn.Server(uvicorn.Config(build_api(arguments, follower), log_level="warning"))
     with socket.socket() as listening:

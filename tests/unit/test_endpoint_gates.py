@@ -19,7 +19,7 @@ from cluster.errors import ConfigError
 from services.endpoint import envelope, keys
 from services.endpoint.api import build_api
 from services.endpoint.deployment import app
-from services.endpoint.following import ChampionFollower
+from services.endpoint.following import ChampionFollower, verified
 from services.endpoint.model import ServedModel
 from services.endpoint.page import page
 from services.endpoint.schema import EndpointArguments
@@ -70,7 +70,7 @@ def gated(version: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     arguments = EndpointArguments(
         model_name=MODEL, database=database, max_new_tokens=64, max_body_bytes=LIMIT_BYTES, max_running=1, max_waiting=1
     )
-    follower = ChampionFollower(MODEL, database, lambda directory: ServedModel(directory, 200, 64))
+    follower = ChampionFollower(MODEL, database, verified(lambda directory: ServedModel(directory, 200, 64)))
     follower.poll()
     return Gated(arguments, follower, build_api(arguments, follower))
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+from cluster.api_keys import create_key, opened_keys
 from services.endpoint import router
 from services.endpoint import versions as version_module
-from services.endpoint.api import API_KEYS_VARIABLE, build_api
+from services.endpoint.api import build_api
 from services.endpoint.canary import Observation
 from services.endpoint.metrics import RouterMetrics
 from services.endpoint.router import Exchange, Part, Router, put_router_into
@@ -37,10 +38,10 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def arguments() -> EndpointArguments:
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> EndpointArguments:
     return EndpointArguments(
         model_name=MODEL,
-        database="none:",
+        database=f"sqlite:///{tmp_path_factory.mktemp('state')}/champions.db",
         threads_per_replica=1,
         max_context_tokens=200,
         max_new_tokens=64,
@@ -96,7 +97,7 @@ class Bench:
         self.versions = {route.app: replica for replica, route in versions.values()}
         self.old, self.new = versions["1"][1], versions["2"][1]
         self.router = Router(arguments, lambda route: self.versions[route.app], RouterMetrics(MODEL))
-        self.api = put_router_into(build_api(arguments, self.router, self.router), self.router)  # type: ignore[arg-type]
+        self.api = put_router_into(build_api(arguments, self.router, place="front"), self.router)
         self.set(share=0.0)
 
     def set(self, **fields: Any) -> None:
@@ -126,7 +127,7 @@ def bench(arguments: EndpointArguments, versions: dict[str, Any]) -> Bench:
 def client(bench: Bench) -> Iterator[TestClient]:
     with TestClient(bench.api) as client:
         yield client
-    assert bench.router.num_admitted == 0
+    assert bench.router.in_flight.total() == 0
 
 
 def text_of(response: Any) -> str:
@@ -180,11 +181,12 @@ def test_errors_are_those_of_the_interface(bench: Bench, client: TestClient) -> 
 
 
 def test_key_is_asked_for_once_and_not_passed_on(
-    arguments: EndpointArguments, versions: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: EndpointArguments, versions: dict[str, Any], tmp_path: Path
 ) -> None:
-    (tmp_path / "keys").write_text("secret\n")
-    monkeypatch.setenv(API_KEYS_VARIABLE, str(tmp_path / "keys"))
-    bench = Bench(arguments, versions)
+    database = f"sqlite:///{tmp_path}/champions.db"
+    with opened_keys(database) as engine:
+        _, key = create_key(engine, "test")
+    bench = Bench(arguments.replace(database=database), versions)
     asked: list[Any] = []
 
     class Spy(Broken):
@@ -197,8 +199,40 @@ def test_key_is_asked_for_once_and_not_passed_on(
     assert client.post("/v1/completions", json=TEXT).status_code == 401
     assert client.get("/v1/raystill/traffic").status_code == 401
     assert asked == []
-    assert client.post("/v1/completions", json=TEXT, headers={"authorization": "Bearer secret"}).status_code == 200
-    assert b"secret" not in b"".join(value for _, value in asked[0][2])
+    assert client.post("/v1/completions", json=TEXT, headers={"authorization": f"Bearer {key}"}).status_code == 200
+    assert key.encode() not in b"".join(value for _, value in asked[0][2])
+
+
+def test_request_may_name_the_version_that_answers(bench: Bench, client: TestClient) -> None:
+    def answered_by(model: str) -> set[str]:
+        response = client.post("/v1/completions", json={**TEXT, "model": model})
+        assert response.status_code == 200, response.text
+        assert response.json()["model"] == model
+        return {seen.manifest_sha256 for seen in bench.seen()}
+
+    bench.set(share=0.01)
+    for model, route in (("champion", bench.old), ("challenger", bench.new), ("1", bench.old), ("2", bench.new)):
+        assert answered_by(f"{MODEL}@{model}") == {route.manifest_sha256}
+    bench.break_version(bench.new, "500")
+    assert client.post("/v1/completions", json={**TEXT, "model": f"{MODEL}@challenger"}).status_code == 503
+    bench.set(share=0.0)
+    for model in (f"{MODEL}@challenger", f"{MODEL}@3", f"{MODEL}@", "other@champion"):
+        found = client.post("/v1/completions", json={**TEXT, "model": model})
+        assert (found.status_code, found.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_tokens_of_a_key_are_what_the_version_counted(
+    arguments: EndpointArguments, versions: dict[str, Any], tmp_path: Path
+) -> None:
+    database = f"sqlite:///{tmp_path}/champions.db"
+    with opened_keys(database) as engine:
+        _, key = create_key(engine, "test", tokens_per_minute=100_000)
+    client = TestClient(Bench(arguments.replace(database=database), versions).api)
+    headers = {"authorization": f"Bearer {key}"}
+    used = client.post("/v1/completions", json=TEXT, headers=headers).json()["usage"]["total_tokens"]
+    again = client.post("/v1/completions", json={**TEXT, "max_tokens": 0}, headers=headers)
+    left = int(again.headers["x-ratelimit-remaining-tokens"])
+    assert abs(100_000 - used - left) < 100  # the second request's own reservation, and what a second fills
 
 
 def test_health_and_models_are_the_router_s(bench: Bench, client: TestClient) -> None:

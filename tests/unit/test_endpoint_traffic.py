@@ -2,6 +2,10 @@
 
 import json
 
+import pytest
+
+from services.endpoint.outline import outline
+from services.endpoint.schema import EndpointConfig
 from services.endpoint.traffic import Route, RoutingTable, is_shadowed, pick, place, subject_of
 
 OLD = Route("old", "1", "a" * 64, "file:///1", "float", 200, 64)
@@ -53,7 +57,7 @@ def test_shadow_takes_its_share_of_requests() -> None:
 def test_subject_is_the_key_with_the_user_and_else_the_request() -> None:
     def subject(key: bytes | None, body: object, request: str = "r") -> str:
         headers = [(b"host", b"x")] + ([(b"authorization", key)] if key else [])
-        return subject_of(headers, body if isinstance(body, bytes) else json.dumps(body).encode(), request)
+        return subject_of(headers, outline(json.dumps(body).encode()).user, request)
 
     assert subject(b"Bearer a", {"user": "u"}, "1") == subject(b"Bearer a", {"prompt": "hi", "user": "u"}, "2")
     assert subject(b"Bearer a", {"user": "u"}) != subject(b"Bearer b", {"user": "u"})
@@ -66,4 +70,24 @@ def test_subject_is_the_key_with_the_user_and_else_the_request() -> None:
 
 def test_subject_of_a_body_that_cannot_be_read_has_no_user() -> None:
     bodies = (b'{"user": ', b'["user"]', b'{"user": 7}', b'{"user":' + b"[" * 100_000, b'\xff"user"', b'{"user": ""}')
-    assert {subject_of([], body, "r") for body in bodies} == {"request r"}
+    assert {subject_of([], outline(body).user, "r") for body in bodies} == {"request r"}
+
+
+@pytest.mark.parametrize(
+    ("body", "longest"),
+    [
+        ({"prompt": "a"}, 64),
+        ({"prompt": "a", "max_tokens": 7, "n": 3}, 21),
+        ({"prompt": ["a", "b"], "max_tokens": 7}, 14),
+        ({"prompt": [5, 6, 7], "max_tokens": 7}, 7),
+        ({"prompt": [[5], [6, 7]], "max_tokens": 10**9}, 128),
+        ({"messages": [], "max_tokens": 9, "max_completion_tokens": 5}, 5),
+        ({"messages": [], "n": 10**12}, 64 * 8),
+        ({"messages": [], "n": True, "max_tokens": -4}, 64),
+        ({"input": ["a", "b"]}, 0),
+        ([1], 0),
+    ],
+)
+def test_longest_answer_is_what_the_body_asks_for_within_bounds(body: object, longest: int) -> None:
+    config = EndpointConfig(max_new_tokens=64, max_choices=8)
+    assert outline(json.dumps(body).encode()).longest_answer(config) == longest
