@@ -21,8 +21,8 @@ infra: .venv/made  ## every check of infra/ that needs no account; a tool that i
 	$(BIN)/python infra/check.py
 	$(BIN)/python -m pytest -q tests/unit/test_infra_*.py tests/unit/test_plan.py
 
-bench: .venv/made  ## quick benchmarks of the loss, whole steps, the service, scale, the wire, labels and preparing
-	for name in loss end_to_end service_tax scale wire labels prepare; do $(BIN)/python -m tests.benchmarks.$$name --quick || exit 1; done
+bench: .venv/made  ## quick benchmarks of the loss, whole steps, the services, scale, the wire, labels and preparing
+	for name in loss end_to_end service_tax scale wire labels prepare overload; do $(BIN)/python -m tests.benchmarks.$$name --quick || exit 1; done
 
 format: .venv/made
 	$(BIN)/ruff check --fix .

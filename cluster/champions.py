@@ -3,7 +3,8 @@
 MLflow's alias is last-writer-wins and S3's conditional writes are not a portable lock, so neither can decide. A row
 holds an epoch; a promotion names the epoch it saw, and exactly one of several racing promotions finds it unchanged.
 The endpoint follows this row; the alias `champion` is a copy for people. How a version came to reign is in the second
-table, one row per promotion, which `cluster.promotions` writes.
+table, one row per promotion, which `cluster.promotions` writes; the third has the canary of a model, the latest one,
+which `cluster.canaries` writes.
 """
 
 import os
@@ -74,6 +75,25 @@ PROMOTIONS = Table(
     Column("changed_at", String(40), nullable=False),
     UniqueConstraint("model_name", "epoch"),  # no two reigns are one epoch; what never reigned has none
 )
+CANARIES = Table(
+    "raystill_canaries",
+    _METADATA,
+    Column("model_name", String(63), primary_key=True),
+    Column("promotion_id", Integer, nullable=False),
+    Column("version", String(32), nullable=False),
+    Column("uri", String(1024), nullable=False),
+    Column("manifest_sha256", String(64), nullable=False),
+    Column("seen_epoch", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("plan", Text, nullable=False),
+    Column("figures", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("announced", Boolean, nullable=False),
+    Column("began_at", String(40), nullable=False),
+    Column("changed_at", String(40), nullable=False),
+)
 _BUSY_TIMEOUT_S = 30.0
 """How long a writer waits for another one where the database is a file."""
 
@@ -100,7 +120,7 @@ def database_url(state_directory: Path) -> str:
 
 
 def open_database(url: str) -> Engine:
-    """An engine with both tables in place; an SQLite directory is made.
+    """An engine with all tables in place; an SQLite directory is made.
 
     A champion of a database that had no history yet becomes its first entry. Any number of processes may do this at
     once.
@@ -118,7 +138,7 @@ def open_database(url: str) -> Engine:
             engine = create_engine(url, pool_pre_ping=True, connect_args={"timeout": _BUSY_TIMEOUT_S})
         else:
             engine = create_engine(url, pool_pre_ping=True)
-        _make_tables(engine)
+        make_tables(engine, _METADATA)
         _take_over(engine)
     except (SQLAlchemyError, ImportError, OSError) as error:
         raise _failure(url, "cannot be opened", error) from error
@@ -148,13 +168,14 @@ def _failure(url: str, what: str, error: Exception) -> StorageError:
     return StorageError(f"champions database {shown}: {what} ({reason}); check RAYSTILL_DATABASE_URL")
 
 
-def _make_tables(engine: Engine) -> None:
+def make_tables(engine: Engine, metadata: MetaData) -> None:
+    """Makes the tables that are not there. Any number of processes may do this at once."""
     for attempt in range(10):
         try:
-            _METADATA.create_all(engine)
+            metadata.create_all(engine)
             return
         except SQLAlchemyError:  # another process makes the same tables at the same moment
-            if attempt == 9 or not any(inspect(engine).has_table(name) for name in _METADATA.tables):
+            if attempt == 9 or not any(inspect(engine).has_table(name) for name in metadata.tables):
                 raise
             time.sleep(0.05 * attempt)
 

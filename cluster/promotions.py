@@ -1,14 +1,17 @@
 """A promotion, from the asking to the alias: a state machine in SQL, each step a compare-and-set.
 
-    proposed ──► checked ──► crowned ──► announced
-        │           ├──► lost          another promotion was crowned in between
-        ├───────────┴──► abandoned     its process ended, or stopped giving signs of life
-        └──► refused                   the gate or the files said no
+    proposed ──► checked ──────────────► crowned ──► announced
+        │           ├──► canary ────────────┤
+        │           │       ├──► rolled_back      it served a share of the traffic and was taken down
+        │           └───────┴──► lost             another promotion was crowned in between
+        ├───────────┴──► abandoned                its process ended, or stopped giving signs of life
+        └──► refused                              the gate or the files said no
 
 The step to `crowned` is one transaction with the champion's row: the epoch that the promotion saw must still be the
 champion's. Up to there a promotion has changed nothing, so one whose process died is abandoned; from there on the
 version reigns, and whoever comes next announces it, which may be done any number of times. A promotion that was
-abandoned while its process still worked finds that out at its next step.
+abandoned while its process still worked finds that out at its next step. A canary outlives the process that asked for
+it: the endpoint watches it (`cluster.canaries`).
 
 Rows stay: they are the history that a rollback reads. A reign's `restores` is the epoch of the reign it brings back;
 going back from there looks below that epoch, so that two rollbacks lead two champions back and not forth again.
@@ -30,7 +33,7 @@ from cluster.errors import PromotionRefused
 from cluster.names import check_model_name
 from cluster.processes import is_gone, this_process
 
-State = Literal["proposed", "checked", "crowned", "announced", "refused", "lost", "abandoned"]
+State = Literal["proposed", "checked", "canary", "crowned", "announced", "refused", "lost", "abandoned", "rolled_back"]
 Kind = Literal["promote", "rollback", "found"]
 BEAT_S = 3.0
 """How often a promotion that is being checked says that it lives."""
@@ -117,10 +120,10 @@ def advance(engine: Engine, promotion: Promotion, to: State, **values: Any) -> P
         PromotionRefused: it is no longer in the state it was in; the message says what became of it.
     """
     with engine.begin() as connection:
-        moved = _move(connection, promotion, to, **values)
+        moved = move(connection, promotion, to, **values)
     if not moved:
         raise _overtaken(engine, promotion)
-    return _find(engine, promotion.id)
+    return find_promotion(engine, promotion.id)
 
 
 def crown(engine: Engine, promotion: Promotion) -> tuple[Promotion, Champion]:
@@ -140,11 +143,11 @@ def crown(engine: Engine, promotion: Promotion) -> tuple[Promotion, Champion]:
     )
     try:
         with engine.begin() as connection:  # begins with a write: two readers that both want to write would deadlock
-            if not _move(connection, promotion, "crowned", epoch=champion.epoch) or not _seat(connection, champion):
+            if not move(connection, promotion, "crowned", epoch=champion.epoch) or not _seat(connection, champion):
                 raise _NotCrowned
     except (_NotCrowned, IntegrityError):
         raise _lost(engine, promotion) from None
-    return _find(engine, promotion.id), champion
+    return find_promotion(engine, promotion.id), champion
 
 
 class _NotCrowned(Exception):
@@ -160,7 +163,8 @@ def _seat(connection: Connection, champion: Champion) -> bool:
     return connection.execute(update(CHAMPIONS).where(*this).values(**vars(champion))).rowcount == 1
 
 
-def _move(connection: Connection, promotion: Promotion, to: State, **values: Any) -> bool:
+def move(connection: Connection, promotion: Promotion, to: State, **values: Any) -> bool:
+    """Whether the promotion was still in the state it was in, and so is in its next one now."""
     this = (PROMOTIONS.c.id == promotion.id, PROMOTIONS.c.state == promotion.state)
     values = {"state": to, "changed_at": now_text(), **values}
     return connection.execute(update(PROMOTIONS).where(*this).values(**values)).rowcount == 1
@@ -179,12 +183,12 @@ def _lost(engine: Engine, promotion: Promotion) -> PromotionRefused:
         "at it, then ask again"
     )
     with engine.begin() as connection:
-        _move(connection, promotion, "lost", reason=str(refused))
+        move(connection, promotion, "lost", reason=str(refused))
     return refused
 
 
 def _overtaken(engine: Engine, promotion: Promotion) -> PromotionRefused:
-    found = _find(engine, promotion.id)
+    found = find_promotion(engine, promotion.id)
     return PromotionRefused(
         f"model {promotion.model_name}: promotion {promotion.id} of version {promotion.version} is {found.state} "
         f"({found.reason or 'by another process'}), it was {promotion.state}; ask again"
@@ -230,7 +234,8 @@ def _origin(reign: Promotion) -> int:
     return reign.restores or reign.epoch or 0
 
 
-def _find(engine: Engine, number: int) -> Promotion:
+def find_promotion(engine: Engine, number: int) -> Promotion:
+    """A promotion as it is now."""
     with engine.connect() as connection:
         return Promotion(**connection.execute(select(PROMOTIONS).where(PROMOTIONS.c.id == number)).one()._mapping)
 
@@ -278,7 +283,7 @@ def abandon_dead(engine: Engine, model_name: str) -> list[Promotion]:
         if promotion.state in _OPEN and _is_dead(engine, promotion):
             reason = f"its process ended: {promotion.by} gave no sign of life"
             if _abandon(engine, promotion.id, reason):
-                abandoned.append(_find(engine, promotion.id))
+                abandoned.append(find_promotion(engine, promotion.id))
     return abandoned
 
 
@@ -290,7 +295,7 @@ def _is_dead(engine: Engine, promotion: Promotion) -> bool:
     while not gone:
         with engine.connect() as connection:
             silent_s = _clock_s(connection) - promotion.alive_at
-        found = _find(engine, promotion.id)
+        found = find_promotion(engine, promotion.id)
         if found.state not in _OPEN or found.alive_at != promotion.alive_at:
             return False
         if silent_s >= LEASE_S or gone is False:

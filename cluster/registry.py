@@ -13,6 +13,7 @@ from cluster.errors import ModelError, RegistryFailed
 from cluster.tracking import registry_client, set_alias
 
 CHAMPION = "champion"
+CHALLENGER = "challenger"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,20 @@ def point_champion(uri: str, model_name: str, version: str, manifest_sha256: str
             )
         if str(client.get_registered_model(model_name).aliases.get(CHAMPION)) != str(version):
             set_alias(uri, model_name, CHAMPION, version)
+
+
+def point_challenger(uri: str, model_name: str, version: str | None) -> None:
+    """Makes the alias `challenger` lead to a version, or to none.
+
+    Raises:
+        RegistryFailed: the registry does not answer, or has no such version.
+    """
+    with registry_client(uri, f"alias {CHALLENGER} of {model_name} was not set") as client:
+        found = client.get_registered_model(model_name).aliases.get(CHALLENGER)
+        if version is None and found is not None:
+            client.delete_registered_model_alias(model_name, CHALLENGER)
+        elif version is not None and str(found) != str(version):
+            set_alias(uri, model_name, CHALLENGER, version)
 
 
 def _version(item: Any, aliases: Mapping[str, Any]) -> RegisteredVersion:

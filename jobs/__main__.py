@@ -29,6 +29,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+keys = typer.Typer(
+    help="Make, list and revoke API keys. Once there is one, the endpoint asks for one.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(keys, name="keys")
+
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; shipped ones are in jobs/configs/.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as train.steps=20.")
@@ -138,6 +145,13 @@ def promote(
 
         champion, verdict = promote_version(_load(config, overrides), str(version), force)
         found = {"champion": vars(champion), "verdict": verdict}
+        if canary := verdict.get("canary"):
+            steps = ", ".join(f"{share:.0%}" for share in canary["steps"])
+            return found, (
+                f"{champion.model_name}: version {canary['version']} is challenger, at {canary['share']:.0%} of the "
+                f"traffic (steps: {steps}); version {champion.version} stays champion meanwhile\n"
+                f"Watch it:  {shlex.join([_program(), 'versions', str(config)])}"
+            )
         return found, f"{champion.model_name}: version {champion.version} is champion (epoch {champion.epoch})"
 
     if version is None:
@@ -153,14 +167,18 @@ def rollback(
     to: Annotated[str | None, typer.Option(metavar="N", help="This version, if it ever was champion.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the champion before champion again."""
+    """Make the champion before champion again; while a canary runs, end it instead."""
 
     def back() -> tuple[dict[str, Any], str]:
-        from jobs.rollback import rollback
+        from jobs.rollback import end_running_canary, rollback
         from jobs.versions import model_of
 
         loaded = _load(config, overrides)
         model = model_of(loaded)
+        ended = end_running_canary(model.name, model.database, model.tracking)
+        if ended is not None and to is None:
+            said = f"{model.name}: the canary of version {ended.version} is ended, the champion stays"
+            return {"canary": vars(ended)}, said
         champion, before = rollback(model.name, model.database, model.tracking, to=to, run=loaded.name)
         said = f"{model.name}: version {champion.version} is champion (epoch {champion.epoch}), before {before.version}"
         return {"champion": vars(champion), "before": vars(before)}, said
@@ -197,22 +215,113 @@ def versions(
 
 
 @app.command()
-def serve(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Keep the OpenAI-style endpoint up with the champion, until Ctrl-C. Follows new champions by itself."""
+def serve(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="YAML file; left out with --model.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A model directory to serve as it is, without a registry.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="With --model: what clients call it (default: of DIR).")] = None,
+    host: Annotated[str | None, typer.Option(help="With --model: where it listens.")] = None,
+    port: Annotated[int | None, typer.Option(help="With --model: the port; 8000 by default.")] = None,
+) -> None:
+    """Keep the OpenAI-style endpoint up with the champion, until Ctrl-C; or, with --model, with any model directory."""
 
-    def work() -> None:
+    def champion() -> None:
+        from cluster.api_keys import check_address
+        from cluster.champions import database_url
         from cluster.connection import connect
+        from cluster.errors import ConfigError
         from jobs.serve import check_champion, serve_until_interrupted
         from services.endpoint.client import check_port_free
 
-        loaded = _load(config, overrides)
+        if config is None:
+            raise ConfigError("serve: neither CONFIG nor --model DIR; give one of the two")
+        for option, value in (("--name", name), ("--host", host), ("--port", port)):
+            if value is not None:
+                raise ConfigError(f"serve: {option} goes with --model; with CONFIG write serve.port=... and the like")
+        loaded = _load(Path(config), overrides)
+        check_address(loaded.serve.host, database_url(loaded.state_directory))
         check_champion(loaded)
         if not loaded.cluster.resolved_address():  # a cluster may have a Serve there, for us to use
             check_port_free(loaded.serve.host, loaded.serve.port)
         with connect(loaded.cluster):
             serve_until_interrupted(loaded, typer.echo)
 
-    _guard(work, False)
+    def directory() -> None:
+        from jobs.serve_directory import directory_arguments, serve_directory
+
+        given = [*filter(None, [config]), *(overrides or [])]
+        serve_directory(*directory_arguments(str(model), name, given, host, port), typer.echo)
+
+    _guard(champion if model is None else directory, False)
+
+
+@keys.command("create")
+def create_key(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    name: Annotated[str, typer.Option(metavar="TEXT", help="Who or what it is for.")] = "unnamed",
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="It may ask this registered model only; may be repeated.")
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(metavar="N")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(metavar="N", help="Of prompts and answers.")] = None,
+    expires_in: Annotated[str | None, typer.Option(metavar="TIME", help="For example 12h or 90d.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key and print it; it is not stored and cannot be shown again."""
+
+    def created() -> tuple[dict[str, Any], str]:
+        from jobs.keys import create
+
+        found = create(
+            _database(config, overrides), name, tuple(model or ()), requests_per_minute, tokens_per_minute, expires_in
+        )
+        typer.echo("raystill: the key is shown this once; it works within 2 s", err=True)
+        return found, found["key"]
+
+    _answer(created, as_json)
+
+
+@keys.command("list")
+def show_keys(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show all keys, their limits and their state; never the keys themselves."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from jobs.keys import keys_table, listed
+
+        rows = listed(_database(config, overrides))
+        if as_json:
+            typer.echo(json.dumps({"keys": rows}, sort_keys=True))
+        elif rows:
+            Console().print(keys_table(rows))
+        else:
+            typer.echo("There are no API keys: the endpoint is open to this machine. `raystill keys create` makes one.")
+
+    _guard(work, as_json)
+
+
+@keys.command("revoke")
+def revoke_key(
+    config: ConfigPath,
+    key: Annotated[str, typer.Argument(metavar="ID|NAME", help="As `raystill keys list` shows it.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Revoke a key; endpoints refuse it within 5 s."""
+
+    def revoked() -> tuple[dict[str, Any], str]:
+        from jobs.keys import revoke
+
+        found = revoke(_database(config, overrides), key)
+        return found, f"rs-{found['id']} ({found['name']}) is revoked"
+
+    _answer(revoked, as_json)
 
 
 @app.command()
@@ -331,6 +440,12 @@ def _load(config: Path, overrides: list[str] | None) -> Any:
     from jobs.config import RunConfig
 
     return load(RunConfig, config, overrides)
+
+
+def _database(config: Path, overrides: list[str] | None) -> str:
+    from cluster.champions import database_url
+
+    return database_url(_load(config, overrides).state_directory)
 
 
 def _print(summary: dict[str, Any], as_json: bool) -> None:

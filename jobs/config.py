@@ -14,7 +14,7 @@ from cluster.connection import ClusterConfig
 from cluster.names import NAME
 from cluster.pools import WorkerCount, most
 from jobs.quantization.config import QuantizationScheme, QuantizeConfig
-from services.endpoint.schema import EndpointConfig
+from services.endpoint.schema import CanaryConfig, EndpointConfig
 from services.teacher.signals import SignalKind
 
 Name = Annotated[str, Field(pattern=NAME), AfterValidator(lambda name: _no_dots(name))]
@@ -330,6 +330,8 @@ class PromoteConfig(Config):
 class ServeConfig(EndpointConfig):
     question: str = "Return a list of"
     """What `run` asks the endpoint at the end."""
+    canary: CanaryConfig | None = execution(None)
+    """A promoted version first serves a growing share of the traffic beside the champion; without, all at once."""
 
 
 class RunConfig(Config):

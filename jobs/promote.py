@@ -5,20 +5,26 @@ those of its manifest. Who wins a race is decided by a compare-and-set in SQL (`
 refusal too, is kept in the history and as tags of the version.
 """
 
+import json
 from typing import Any
 
+from sqlalchemy import Engine
+
+from cluster.canaries import Canary, begin, running_canary, taken_down_before
 from cluster.champions import Champion, current_champion, database_url, opened
+from cluster.crowning import announce, has_registry, refuse, settle_in, take_the_crown
 from cluster.errors import ConfigError, CorruptArtifact, PromotionRefused
-from cluster.promotions import kept_alive, propose
+from cluster.promotions import advance, kept_alive, propose
 from cluster.published import check_version, read_manifest, read_through
 from cluster.registry import find_version
 from cluster.storage import split_uri
 from cluster.tracking import tracking_uri
 from jobs.config import PromoteConfig, RunConfig
-from jobs.crowning import announce, has_registry, refuse, settle_in, take_the_crown
 from jobs.gate import Figures, Reigning, Verdict, judge
+from services.endpoint.schema import CanaryConfig
 
 Outcome = tuple[Champion, dict[str, Any]]
+"""Who is champion now, and the gate's verdict; with `canary` in it if the version is challenger for the time being."""
 
 
 def promote(
@@ -33,17 +39,24 @@ def promote(
     teacher: Figures | None = None,
     run: str = "",
     force: bool = False,
+    canary: CanaryConfig | None = None,
 ) -> Outcome:
     """Makes a version champion if it passes the gate; repeating it changes nothing. Returns champion and verdict.
+
+    With `canary` a version that passes becomes challenger of the champion that there is, and the endpoint makes it
+    champion or takes it down.
 
     Args:
         version: `{"version", "uri", "manifest_sha256"}` of the candidate.
         student, candidate, teacher: figures of the float student, of the candidate and of the teacher, by name.
         run: on whose behalf, for the history.
-        force: let pass whatever the gate says. Files that are not those that were registered never pass.
+        force: let pass whatever the gate says, and what was taken down before. Files that are not those that were
+            registered never pass.
+        canary: how it is to get there; None: at once.
 
     Raises:
-        PromotionRefused: the gate said no, the files are not those that were registered, or another promotion won.
+        PromotionRefused: the gate said no, the files are not those that were registered, a canary of the same bytes was
+            taken down, or another promotion won.
     """
     with opened(database) as engine:
         seen = current_champion(engine, model_name)  # before all else: who comes in between has come first
@@ -53,7 +66,9 @@ def promote(
         def look() -> tuple[dict[str, Any], str]:
             reigning = Reigning(absent="this version is champion already") if again else _reigning(config, seen)
             verdict = judge(config, candidate, student, teacher, reigning)
-            reason = _damage(version) or ("" if force else _refusal(model_name, version, verdict))
+            reason = _damage(version)
+            if not force:
+                reason = reason or _refusal(model_name, version, verdict) or _taken_down(engine, model_name, version)
             return {**verdict.as_json(), "forced": force and not verdict.passed, "refused": reason}, reason
 
         if again:
@@ -62,11 +77,20 @@ def promote(
                 assert seen is not None
                 announce(engine, model_name, tracking)
                 return seen, verdict
+        trial = running_canary(engine, model_name)
+        if trial is not None and trial.artefact.is_version(version) and canary is not None and seen is not None:
+            verdict, _ = look()
+            return seen, {**verdict, "canary": _challenger(trial)}
         promotion = propose(engine, model_name, version, seen, run, forced=force)
         with kept_alive(engine, promotion):
             verdict, reason = look()
             if reason:
                 raise refuse(engine, promotion, tracking, reason, verdict)
+            if canary is not None and seen is not None and seen.manifest_sha256 != version["manifest_sha256"]:
+                checked = advance(engine, promotion, "checked", verdict=json.dumps(verdict))
+                begun = begin(engine, checked, canary.model_dump(mode="json"))
+                announce(engine, model_name, tracking)
+                return seen, {**verdict, "canary": _challenger(begun)}
             try:
                 return take_the_crown(engine, promotion, tracking, verdict), verdict
             except PromotionRefused:
@@ -99,6 +123,23 @@ def promote_version(config: RunConfig, number: str, force: bool) -> Outcome:
         teacher=manifest.get("teacher"),
         run=config.name,
         force=force,
+        canary=config.serve.canary,
+    )
+
+
+def _challenger(canary: Canary) -> dict[str, Any]:
+    """What is said of a version that is challenger."""
+    return {"version": canary.version, "share": canary.share, "step": canary.step, "steps": canary.steps}
+
+
+def _taken_down(engine: Engine, model_name: str, version: dict[str, str]) -> str:
+    """Why a version must not be canary again; empty if it may."""
+    before = taken_down_before(engine, model_name, version["manifest_sha256"])
+    if before is None:
+        return ""
+    return (
+        f"version {version['version']} of {model_name} is refused: its canary was taken down at {before.changed_at} "
+        f"({before.reason}); the champion stays: promote another version, or use --force"
     )
 
 

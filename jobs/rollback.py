@@ -1,16 +1,34 @@
 """Back to the champion before: a promotion without a gate, of a version that reigned already.
 
 It goes through the same steps as every promotion (`cluster.promotions`), so it can lose a race and can be broken off
-like one. Its files are read through first: what is damaged does not come back.
+like one. Its files are read through first: what is damaged does not come back. While a canary runs, ending it is what
+going back means.
 """
 
 from sqlalchemy import Engine
 
+from cluster.canaries import Canary, end_canary, running_canary
 from cluster.champions import Champion, current_champion, has_database, opened
+from cluster.crowning import announce, refuse, settle_in, take_the_crown
 from cluster.errors import CorruptArtifact, PromotionRefused
+from cluster.processes import this_process
 from cluster.promotions import Promotion, kept_alive, last_reign_of_version, propose, reign_before
 from cluster.published import check_version
-from jobs.crowning import announce, refuse, settle_in, take_the_crown
+
+
+def end_running_canary(model_name: str, database: str, tracking: str) -> Canary | None:
+    """Ends the canary that runs, and returns it; the champion stays. None if there is none."""
+    if not has_database(database):
+        return None
+    with opened(database) as engine:
+        settle_in(engine, model_name, tracking)
+        canary = running_canary(engine, model_name)
+        if canary is None:
+            return None
+        process = this_process()
+        ended = end_canary(engine, canary, "ended", f"ended by {process.user}@{process.host} with `raystill rollback`")
+        announce(engine, model_name, tracking)
+        return ended
 
 
 def rollback(

@@ -12,14 +12,15 @@ from typing import Any
 
 import yaml
 
+from cluster.api_keys import check_address
 from cluster.champions import database_url
 from cluster.config import fingerprint
 from cluster.connection import connect
+from cluster.crowning import settle
 from cluster.errors import ConfigError, UserError
 from cluster.storage import open_storage
 from cluster.tracking import Tracker, tracking_uri
 from jobs.config import RunConfig
-from jobs.crowning import settle
 from jobs.ledger import SUMMARY, Ledger, StageRecord
 from jobs.lock import only_one
 from jobs.preflight import check_cluster, check_config, check_records, check_shapes
@@ -65,6 +66,8 @@ def run(
             f"`raystill {command}` comes first, or use `raystill run`"
         )
     answers = any(stage.name == "serve" for stage in pending)
+    if answers:
+        check_address(config.serve.host, database_url(config.state_directory))
     if answers and not config.cluster.resolved_address():  # a cluster may have a Serve there, for us to use
         check_port_free(config.serve.host, config.serve.port)
     if any(stage.name in ("register", "promote") for stage in pending):

@@ -6,15 +6,18 @@ import signal
 import threading
 from typing import Any
 
+from cluster.api_keys import has_keys, temporary_key
 from cluster.champions import database_url, find_champion
+from cluster.crowning import settle
 from cluster.errors import ConfigError, CorruptArtifact
 from cluster.pools import actor_options
 from cluster.published import check_version_files, read_through
 from cluster.tracking import tracking_uri
 from jobs.config import RunConfig
-from jobs.crowning import settle
 from services.endpoint.client import ask, start_endpoint, stop_endpoint
 from services.endpoint.schema import EndpointConfig
+
+_ONE_QUESTION_S = 900.0
 
 
 def endpoint_config(config: RunConfig) -> EndpointConfig:
@@ -25,12 +28,16 @@ def endpoint_config(config: RunConfig) -> EndpointConfig:
 def ask_once(config: RunConfig) -> dict[str, Any]:
     """Starts the endpoint, asks `serve.question`, stops it. Needs a connected Ray."""
     database = database_url(config.state_directory)
+    tracking = tracking_uri(config.state_directory)
     placement = actor_options(config.cluster.active_pools, "endpoint")
-    url = start_endpoint(endpoint_config(config), config.model_name, database, placement=placement)
-    try:
-        answer = ask(url, config.model_name, config.serve.question, max_tokens=48)
-    finally:
-        stop_endpoint()
+    with temporary_key(database, f"run {config.name}", config.model_name, lifetime_s=_ONE_QUESTION_S) as key:
+        url = start_endpoint(
+            endpoint_config(config), config.model_name, database, tracking=tracking, placement=placement
+        )
+        try:
+            answer = ask(url, config.model_name, config.serve.question, max_tokens=48, api_key=key)
+        finally:
+            stop_endpoint()
     return {"url": url, "model": config.model_name, "question": config.serve.question, "answer": answer}
 
 
@@ -58,11 +65,14 @@ def check_champion(config: RunConfig) -> None:
 def serve_until_interrupted(config: RunConfig, say: Any) -> None:
     """Keeps the endpoint up until SIGINT or SIGTERM. Needs a connected Ray."""
     stop = threading.Event()
-    placement, database = actor_options(config.cluster.active_pools, "endpoint"), database_url(config.state_directory)
-    url = start_endpoint(endpoint_config(config), config.model_name, database, placement=placement)
-    say(f"{config.model_name} answers at {url}/v1 (Ctrl-C stops it). Try:")
+    database, tracking = database_url(config.state_directory), tracking_uri(config.state_directory)
+    placement = actor_options(config.cluster.active_pools, "endpoint")
+    url = start_endpoint(endpoint_config(config), config.model_name, database, tracking=tracking, placement=placement)
+    say(f"{config.model_name} answers at {url}/v1 (Ctrl-C stops it); a page to look at and try it: {url}/")
+    say("Try:")
+    key = ' -H "Authorization: Bearer $RAYSTILL_KEY"' if has_keys(database) else ""
     body = {"model": config.model_name, "prompt": config.serve.question, "max_tokens": 40, "temperature": 0}
-    say(f"  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}")
+    say(f"  curl -s {url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     stop.wait()

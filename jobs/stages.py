@@ -394,8 +394,10 @@ def _promote(run: Run, bar: Bar) -> Output:
         teacher=measured.get("teacher"),
         run=config.name,
         force=run.force,
+        canary=config.serve.canary,
     )
-    return {"champion": vars(champion), "verdict": verdict}
+    challenger = {"challenger": verdict["canary"]} if "canary" in verdict else {}
+    return {"champion": vars(champion), "verdict": verdict, **challenger}
 
 
 def _champion_is_there(run: Run, output: Output) -> bool:
@@ -403,6 +405,8 @@ def _champion_is_there(run: Run, output: Output) -> bool:
     champion = find_champion(database_url(run.config.state_directory), run.config.model_name)
     if champion is None or "promote" not in run.asked:
         return champion is not None
+    if "challenger" in output:  # ask again: whether it is champion by now, challenger still, or taken down
+        return False
     return champion.is_version(output["champion"])
 
 

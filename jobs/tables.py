@@ -108,6 +108,8 @@ def _note(stage: dict[str, Any]) -> str:
         return f"{stage['documents']:,} documents, {stage['rows']['train']:,} + {stage['rows']['validation']:,} rows"
     if "labelled" in stage:
         return f"{stage['labelled']:,} of {stage['rows']:,} rows labelled now, {size(stage['size_bytes'])} in all"
+    if challenger := stage.get("challenger"):
+        return f"version {challenger['version']} is challenger at {challenger['share']:.0%} of the traffic"
     if "champion" in stage:
         return f"version {stage['champion']['version']} was made champion of {stage['champion']['model_name']}"
     if "report" in stage:
@@ -148,7 +150,7 @@ def versions_table(found: dict[str, Any]) -> Table:
     for column in ("version", "bits per byte", "on disk"):
         table.add_column(column, justify="right")
     for column in ("scheme", "run", "aliases", "registered", "verdict"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "aliases")
     for row in found["versions"]:
         table.add_row(
             row["version"],
@@ -156,9 +158,9 @@ def versions_table(found: dict[str, Any]) -> Table:
             size(row["bytes"]) if row["bytes"] is not None else "",
             escape(row["scheme"]),
             escape(row["run"]),
-            escape(", ".join(row["aliases"])),
+            escape(", ".join(row["aliases"])) + (f" {row['share']:.0%}" if 0 < row["share"] < 1 else ""),
             row["registered_at"].removesuffix("+00:00").replace("T", " "),
-            row["verdict"] or "",
+            ", ".join(filter(None, [row["verdict"], row["canary"] and f"canary {row['canary']}"])),
         )
     return table
 

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.canaries import Canary, latest_canary
 from cluster.champions import current_champion, database_url, has_database, opened
+from cluster.crowning import has_registry, settle
 from cluster.errors import ConfigError
 from cluster.names import check_model_name
 from cluster.promotions import Promotion, history
-from cluster.registry import CHAMPION, RegisteredVersion, list_versions
+from cluster.registry import CHALLENGER, CHAMPION, RegisteredVersion, list_versions
 from cluster.storage import LocalStorage, open_storage
 from cluster.tracking import tracking_uri
 from jobs.config import RunConfig
-from jobs.crowning import has_registry, settle
 from jobs.ledger import SUMMARY
 
 
@@ -71,29 +72,43 @@ def versions(model: Model) -> dict[str, Any]:
     registered = list_versions(model.tracking, model.name) if has_registry(model.tracking) else []
     if not registered:
         raise ConfigError(f"model {model.name}: no version is registered; `raystill register CONFIG` does it")
-    champion, past = None, []
+    champion, past, canary = None, [], None
     if has_database(model.database):
         with opened(model.database) as engine:
             champion, past = current_champion(engine, model.name), history(engine, model.name)
+            canary = latest_canary(engine, model.name)
     reigns = champion.version if champion is not None else None
     return {
         "model_name": model.name,
         "champion": vars(champion) if champion is not None else None,
-        "versions": [_row(item, reigns) for item in registered],
+        "canary": _canary(canary) if canary is not None else None,
+        "versions": [_row(item, reigns, canary) for item in registered],
         "history": [_entry(item) for item in past],
     }
 
 
-def _row(item: RegisteredVersion, reigns: str | None) -> dict[str, Any]:
+def _canary(canary: Canary) -> dict[str, Any]:
+    names = ("version", "state", "step", "steps", "share", "reason", "began_at", "changed_at")
+    found = {name: getattr(canary, name) for name in names}
+    return {**found, "figures": json.loads(canary.figures) if canary.figures else None}
+
+
+def _row(item: RegisteredVersion, reigns: str | None, canary: Canary | None) -> dict[str, Any]:
+    """Aliases and shares are as the rows have them; those of the registry are a copy."""
     tags = item.tags
-    others = [alias for alias in item.aliases if alias != CHAMPION]
+    challenges = canary is not None and canary.state == "running" and canary.version == item.version
+    others = [alias for alias in item.aliases if alias not in (CHAMPION, CHALLENGER)] + [CHALLENGER] * challenges
+    taken = canary.share if canary is not None else 0.0
+    share = 1.0 - taken if item.version == reigns else taken if challenges else 0.0
     return {
         "version": item.version,
         "scheme": tags.get("scheme", ""),
         "run": tags.get("run") or (item.run_id or ""),
         "bits_per_byte": _number(tags.get("bits_per_byte")),
         "bytes": int(size) if (size := _number(tags.get("bytes"))) is not None else None,
-        "aliases": [CHAMPION, *others] if item.version == reigns else others,  # as the row has it; the alias is a copy
+        "aliases": [CHAMPION, *others] if item.version == reigns else others,
+        "share": share,
+        "canary": canary.state if canary is not None and canary.version == item.version else None,
         "registered_at": item.registered_at,
         "verdict": tags.get("verdict"),
         "verdict_rules": json.loads(tags.get("verdict_rules", "[]")),

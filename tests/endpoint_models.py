@@ -1,5 +1,7 @@
 """Random, tiny versions for the tests of the endpoint: a Llama with a byte-level tokenizer, published and crowned."""
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from cluster import champions, promotions
 from cluster.published import manifest_sha256, publish_directory
 from cluster.storage import open_storage
+from services.endpoint.decoding import Piece, joined
+from services.endpoint.model import ServedModel
+from services.endpoint.schema import Sampling
 
 NUM_PADDING = 40
 """Rows of the embedding behind the tokenizer's last id."""
@@ -56,12 +61,29 @@ def save_version(directory: Path, seed: int = 0) -> LlamaForCausalLM:
     return model
 
 
-def publish_version(directory: Path, root: Path, version: str, seed: int) -> tuple[str, str]:
-    """Publishes a fresh version below `root`; returns its URI and the hash of its manifest."""
-    save_version(directory, seed)
+def publish_version(
+    directory: Path, root: Path, version: str, seed: int, spoil: Callable[[LlamaForCausalLM], None] | None = None
+) -> tuple[str, str]:
+    """Publishes a fresh version below `root`, changed by `spoil`; returns its URI and the hash of its manifest."""
+    model = save_version(directory, seed)
+    if spoil is not None:
+        with torch.no_grad():
+            spoil(model)
+        model.save_pretrained(directory)
     storage = open_storage(str(root))
     manifest = publish_directory(directory, storage, f"versions/{version}", scheme="float")
     return f"{storage.uri}/versions/{version}", manifest_sha256(manifest)
+
+
+def fail_on_text(model: LlamaForCausalLM) -> None:
+    """Spoils a model so that it loads and raises on every prompt: all embeddings but the first, which is read as a
+    check when it is loaded, are no numbers."""
+    model.get_input_embeddings().weight[1:] = float("nan")
+
+
+def be_no_numbers(model: LlamaForCausalLM) -> None:
+    """Spoils a model so that it cannot be loaded."""
+    model.get_input_embeddings().weight[:] = float("nan")
 
 
 def crown_version(database: str, model_name: str, version: str, uri: str, manifest_hash: str) -> champions.Champion:
@@ -74,3 +96,22 @@ def crown_version(database: str, model_name: str, version: str, uri: str, manife
         return champion
     finally:
         engine.dispose()
+
+
+def answer(model: ServedModel, prompt_ids: list[int], sampling: Sampling) -> list[Piece]:
+    """The whole choices of an answer."""
+    return answers(model, [(prompt_ids, sampling)])[0]
+
+
+def answers(model: ServedModel, requests: list[tuple[list[int], Sampling]]) -> list[list[Piece]]:
+    """The answers to requests that come at the same time."""
+
+    async def one(prompt_ids: list[int], sampling: Sampling) -> list[Piece]:
+        running = model.submit([prompt_ids], sampling)
+        assert await anext(running) == len(prompt_ids)
+        return joined([piece async for piece in running if isinstance(piece, Piece)])
+
+    async def together() -> list[list[Piece]]:
+        return list(await asyncio.gather(*(one(*request) for request in requests)))
+
+    return asyncio.run(together())

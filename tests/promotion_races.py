@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
 
+from cluster import crowning
 from cluster.champions import current_champion, open_database
 from cluster.errors import PromotionRefused
 from cluster.promotions import advance, crown, history, propose
-from jobs import crowning
 from jobs import promote as promoting
 from jobs.config import PromoteConfig
 

@@ -4,72 +4,105 @@ An ordinary ASGI application around whatever follows the champion; Ray Serve run
 tests. The Serve proxy gives every answer its `x-request-id`.
 """
 
-import asyncio
 import contextlib
-import hashlib
-import hmac
-import json
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
 
-from cluster.errors import ConfigError
-from services.endpoint.answers import Answer, ChatAnswer, CompletionAnswer
-from services.endpoint.errors import ApiError, internal, invalid, unavailable
-from services.endpoint.following import ChampionFollower, Served
-from services.endpoint.model import Piece, ServedModel
-from services.endpoint.parsing import parse_request
-from services.endpoint.pool import DecodingPool, Running
+from cluster.api_keys import is_loopback
+from services.endpoint.admission import Admission, Gate
+from services.endpoint.answering import respond, respond_at_once
+from services.endpoint.answers import ChatAnswer, CompletionAnswer, classifications_body, embeddings_body
+from services.endpoint.encoder_schema import ClassificationRequest, EmbeddingRequest
+from services.endpoint.encoders import EncoderModel
+from services.endpoint.envelope import Envelope, account_of, error_response
+from services.endpoint.errors import ApiError, not_supported, unavailable
+from services.endpoint.following import Served, Serving
+from services.endpoint.keys import KeyRing
+from services.endpoint.limits import Limits
+from services.endpoint.model import ServedModel
+from services.endpoint.openapi import document
+from services.endpoint.page import page
+from services.endpoint.reading import Reader
+from services.endpoint.reasoning import Reasoning, reasoning_for
 from services.endpoint.schema import (
     ChatRequest,
     CompletionRequest,
-    EndpointArguments,
     ModelCard,
     ModelList,
-    Sampling,
-    Usage,
+    RequestBody,
+    ServedArguments,
 )
 
 logger = logging.getLogger(__name__)
 
-API_KEYS_VARIABLE = "RAYSTILL_API_KEYS_FILE"
-"""Environment variable with the path of a file that holds one key per line; unset, the interface is open."""
+R = TypeVar("R", bound=RequestBody)
 
-R = TypeVar("R", CompletionRequest, ChatRequest)
-Encode = Callable[[ServedModel], list[list[int]]]
+_READ = ["GET", "HEAD"]
+_DOES = {
+    "language_model": "continues texts; ask /v1/completions or /v1/chat/completions",
+    "embeddings": "is an encoder; ask /v1/embeddings",
+    "classifications": "is a classifier; ask /v1/classifications",
+}
 
 
-def build_api(arguments: EndpointArguments, follower: ChampionFollower, pool: DecodingPool) -> FastAPI:
-    """The application. `follower` and `pool` stay the caller's to stop."""
-    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    api.add_middleware(Envelope, keys=read_api_keys(os.environ.get(API_KEYS_VARIABLE)))
+def build_api(
+    arguments: ServedArguments, follower: Serving[Any], *, place: Literal["alone", "front", "behind"] = "alone"
+) -> FastAPI:
+    """The application. `follower` stays the caller's to stop; the keys are followed while it runs.
+
+    Args:
+        place: `behind` a router whoever calls is let in, for the router has asked for the key and counted the request.
+            At the `front` of several versions what all their replicas take together is shared by the routers.
+    """
+    keys, gate = (None, None) if place == "behind" else (_keys(arguments), _gate(arguments, place == "front"))
+    reader = Reader(arguments.max_body_bytes)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if keys is not None:
+            keys.start()
+        yield
+        reader.close()
+        if keys is not None:
+            keys.stop()
+
+    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
+    api.add_middleware(Envelope, keys=keys, gate=gate)
     api.add_exception_handler(ApiError, _answer_error)
     api.add_exception_handler(HTTPException, _answer_error)
 
-    @api.get("/healthz")
+    @api.api_route("/", methods=_READ)
+    async def root() -> Response:
+        return page()
+
+    @api.api_route("/healthz", methods=_READ)
     async def healthz() -> Response:
         served = follower.served
         state: dict[str, Any] = {"status": "ok" if served else "unavailable", "model": arguments.model_name}
         if served is not None:
             state |= {"version": served.champion.version, "epoch": served.champion.epoch}
             state |= {"scheme": served.model.scheme, "promoted_at": served.champion.promoted_at}
-        state |= {"problem": follower.problem, "requests": pool.num_admitted}
+            load = served.model.load
+            state |= {"requests": load.running + load.waiting, "load": asdict(load)}
+        state |= {"problem": follower.problem}
         return JSONResponse(state, status_code=200 if served else 503)
 
-    @api.get("/v1/models")
+    @api.api_route("/openapi.json", methods=_READ)
+    async def openapi() -> Response:
+        return JSONResponse(document(arguments, with_keys=keys is not None and keys.required))
+
+    @api.api_route("/v1/models", methods=_READ)
     async def list_models() -> Response:
         return JSONResponse(ModelList(data=[_card(current())]).model_dump())
 
-    @api.get("/v1/models/{model:path}")
+    @api.api_route("/v1/models/{model:path}", methods=_READ)
     async def get_model(model: str) -> Response:
         served = current()
         check_model(model)
@@ -78,47 +111,106 @@ def build_api(arguments: EndpointArguments, follower: ChampionFollower, pool: De
     @api.post("/v1/completions")
     async def completions(request: Request) -> Response:
         asked = await read(request, CompletionRequest)
-        served = current()
-        prompts = asked.prompts()
-        sampling = asked.sampling()
-        if len(prompts) * sampling.num_choices > arguments.max_choices:
-            param = "n" if len(prompts) <= arguments.max_choices else "prompt"
-            raise invalid(f"At most {arguments.max_choices} choices (prompts times n) in one request", param)
-        answer = CompletionAnswer(asked.model, served.model.vocabulary, asked.logprobs is not None, asked.include_usage)
-        work = _work(served.model, lambda model: [model.encode(prompt) for prompt in prompts], sampling, "prompt")
-        return await respond(request, pool.start(work), answer, bool(asked.stream), asked.include_usage)
+        model = language_model(request)
+        prompts, sampling = asked.prompts(), asked.sampling()
+
+        def encode() -> list[list[int]]:
+            encoded = [model.encode(prompt) for prompt in prompts]
+            for prompt_ids in encoded:
+                model.check_length(prompt_ids, sampling, "prompt")
+            return encoded
+
+        model.check_room()
+        for prompt in prompts:
+            reader.check_may_fit(model, prompt, "prompt")
+        encoded = await reader.tokenise(sum(map(len, prompts)), encode)
+        running = model.submit(encoded, sampling)
+        answer = CompletionAnswer(asked.model, model.vocabulary, asked.logprobs is not None, asked.include_usage)
+        return await respond(request, running, answer, bool(asked.stream), asked.include_usage)
 
     @api.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         asked = await read(request, ChatRequest)
-        served = current()
+        model = language_model(request)
         sampling = asked.sampling()
-        if sampling.num_choices > arguments.max_choices:
-            raise invalid(f"At most {arguments.max_choices} choices in one request", "n")
         template_arguments = asked.template_arguments()
-        answer = ChatAnswer(asked.model, served.model.vocabulary, bool(asked.logprobs), asked.include_usage)
-        work = _work(
-            served.model,
-            lambda model: [model.encode_chat(asked.messages, template_arguments)],
-            sampling,
-            "messages",
-        )
-        return await respond(request, pool.start(work), answer, bool(asked.stream), asked.include_usage)
 
-    def current() -> Served:
+        def encode() -> tuple[list[int], Reasoning | None]:
+            prompt_ids = model.encode_chat(asked.messages, template_arguments)
+            model.check_length(prompt_ids, sampling, "messages")
+            return prompt_ids, reasoning_for(model.tokenizer, template_arguments, asked.wants_reasoning())
+
+        model.check_room()
+        reader.check_chat_may_fit(model, asked.messages)
+        num_characters = sum(len(message.text()) for message in asked.messages)
+        prompt_ids, reasoning = await reader.tokenise(num_characters, encode)
+        running = model.submit([prompt_ids], sampling)
+        answer = ChatAnswer(asked.model, model.vocabulary, bool(asked.logprobs), asked.include_usage, reasoning)
+        return await respond(request, running, answer, bool(asked.stream), asked.include_usage)
+
+    @api.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        asked = await read(request, EmbeddingRequest)
+        model = encoder("embeddings", request)
+        model.check_dimensions(asked.dimensions)
+        texts = await encode_inputs(request, model, asked)
+
+        def work(cancelled: Callable[[], bool]) -> Iterator[str]:
+            vectors = model.embed(texts, cancelled, asked.dimensions)
+            yield embeddings_body(asked.model, vectors, asked.encoding_format == "base64", sum(map(len, texts)))
+
+        return await respond_at_once(request, model.start(work))
+
+    @api.post("/v1/classifications")
+    async def classifications(request: Request) -> Response:
+        asked = await read(request, ClassificationRequest)
+        model = encoder("classifications", request)
+        texts = await encode_inputs(request, model, asked)
+
+        def work(cancelled: Callable[[], bool]) -> Iterator[str]:
+            probabilities = model.classify(texts, cancelled)
+            yield classifications_body(asked.model, model.labels, probabilities, asked.top_k, sum(map(len, texts)))
+
+        return await respond_at_once(request, model.start(work))
+
+    def current() -> Served[ServedModel]:
         served = follower.served
         if served is None:
             raise unavailable(f"No model is served: {follower.problem}", "model_not_ready", retry_after_s=5)
         return served
 
+    def language_model(request: Request) -> ServedModel:
+        served = current().model
+        if isinstance(served, EncoderModel):
+            raise not_supported(request.url.path, arguments.model_name, _DOES[served.kind])
+        return served
+
+    def encoder(kind: str, request: Request) -> EncoderModel:
+        served = current().model
+        if not isinstance(served, EncoderModel) or served.kind != kind:
+            does = _DOES[served.kind if isinstance(served, EncoderModel) else "language_model"]
+            raise not_supported(request.url.path, arguments.model_name, does)
+        return served
+
+    async def encode_inputs(
+        request: Request, model: EncoderModel, asked: EmbeddingRequest | ClassificationRequest
+    ) -> list[list[int]]:
+        inputs = asked.inputs()
+        size = sum(map(len, inputs))
+        texts = await reader.tokenise(size, lambda: [model.encode(text, bool(asked.truncate)) for text in inputs])
+        account_of(request).use(sum(map(len, texts)))
+        return texts
+
     def check_model(model: str) -> None:
-        if model != arguments.model_name:
+        if model.partition("@")[0] != arguments.model_name:  # NAME@champion and the like are for the router
             message = f"The model {model[:128]!r} does not exist; this endpoint serves {arguments.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def read(request: Request, kind: type[R]) -> R:
-        asked = parse_request(kind, await _read_body(request, arguments.max_body_bytes))
+        asked, num_bytes = await reader.parse(request, kind)
         check_model(asked.model)
+        asked.check_size(arguments)
+        account_of(request).admit(arguments.model_name, num_bytes, asked.longest_answer(arguments.max_new_tokens))
         if unknown := asked.unknown_keys():
             logger.info("Ignored unknown keys of a request: %.200r", unknown)
         return asked
@@ -126,128 +218,27 @@ def build_api(arguments: EndpointArguments, follower: ChampionFollower, pool: De
     return api
 
 
-# --- one request ------------------------------------------------------------------------------------------------------
+def _keys(arguments: ServedArguments) -> KeyRing | None:
+    """The keys of the database, read once; None where there is no database."""
+    if not arguments.database:
+        return None
+    keys = KeyRing(arguments.database, required=not is_loopback(arguments.host))
+    keys.poll()
+    return keys
 
 
-def _work(
-    model: ServedModel, encode: Encode, sampling: Sampling, param: str
-) -> Callable[[Callable[[], bool]], Iterator[int | Piece]]:
-    """What the pool runs: first the number of prompt tokens, then the pieces of all choices."""
-
-    def run(cancelled: Callable[[], bool]) -> Iterator[int | Piece]:
-        prompts = encode(model)
-        for prompt_ids in prompts:
-            model.check_length(prompt_ids, sampling, param)
-        yield sum(len(prompt_ids) for prompt_ids in prompts)
-        for number, prompt_ids in enumerate(prompts):
-            yield from model.generate(prompt_ids, sampling, cancelled, first_index=number * sampling.num_choices)
-
-    return run
+def _gate(arguments: ServedArguments, is_router: bool) -> Gate:
+    """What this process lets in: its share of what the replicas behind it take."""
+    replicas, processes = (arguments.replicas, arguments.routers) if is_router else (1, arguments.replicas)
+    requests = replicas * (arguments.max_running + arguments.max_waiting)
+    share = arguments.routers if is_router else 1
+    admission = Admission(-(-requests // share), -(-replicas * arguments.max_admitted_tokens // share))
+    return Gate(admission, Limits(processes))
 
 
-async def respond(
-    request: Request, running: Running[int | Piece], answer: Answer, stream: bool, include_usage: bool
-) -> Response:
-    """The answer to a request that is running: whole, or as a stream that begins once the prompt was accepted."""
-    try:
-        num_prompt_tokens = await anext(running)
-        assert isinstance(num_prompt_tokens, int)
-        if stream:
-            return EventStream(_events(running, answer, num_prompt_tokens, include_usage), running)
-        pieces = await _unless_disconnected(request, _collect(running))
-        return Response(answer.whole(pieces, _usage(num_prompt_tokens, pieces)), media_type="application/json")
-    except BaseException:
-        running.cancel()
-        raise
-
-
-async def _collect(running: Running[int | Piece]) -> list[Piece]:
-    return [piece async for piece in running if isinstance(piece, Piece)]
-
-
-async def _unless_disconnected(request: Request, collecting: Any) -> list[Piece]:
-    """The result of `collecting`, or `ClientDisconnect` as soon as nobody waits for it."""
-
-    async def disconnect() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    collector, watcher = asyncio.ensure_future(collecting), asyncio.ensure_future(disconnect())
-    try:
-        await asyncio.wait({collector, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not collector.done():
-            raise ClientDisconnect
-        return collector.result()
-    finally:
-        collector.cancel()
-        watcher.cancel()
-
-
-async def _events(
-    running: Running[int | Piece], answer: Answer, num_prompt_tokens: int, include_usage: bool
-) -> AsyncIterator[str]:
-    """Server-sent events; an error after the first one becomes an event and ends the stream."""
-    num_sampled = 0
-    try:
-        async for piece in running:
-            assert isinstance(piece, Piece)
-            num_sampled += piece.num_sampled
-            for chunk in answer.chunks(piece):
-                yield f"data: {chunk}\n\n"
-        if include_usage:
-            yield f"data: {answer.usage_chunk(_usage(num_prompt_tokens, [], num_sampled))}\n\n"
-        yield "data: [DONE]\n\n"
-    except Exception:
-        logger.exception("A streamed answer failed")
-        yield f"data: {json.dumps(internal().envelope())}\n\n"
-
-
-class EventStream(StreamingResponse):
-    """A stream of events whose work is cancelled when the client leaves, also before the first event."""
-
-    def __init__(self, events: AsyncIterator[str], running: Running[Any]) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._running = running
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._running.cancel()
-
-
-def _usage(num_prompt_tokens: int, pieces: list[Piece], num_sampled: int = 0) -> Usage:
-    num_sampled += sum(piece.num_sampled for piece in pieces)
-    return Usage(
-        prompt_tokens=num_prompt_tokens,
-        completion_tokens=num_sampled,
-        total_tokens=num_prompt_tokens + num_sampled,
-    )
-
-
-def _card(served: Served) -> ModelCard:
+def _card(served: Served[Any]) -> ModelCard:
     created = int(datetime.fromisoformat(served.champion.promoted_at).timestamp())
     return ModelCard(id=served.champion.model_name, created=created)
-
-
-# --- around every request ---------------------------------------------------------------------------------------------
-
-
-async def _read_body(request: Request, limit_bytes: int) -> bytes:
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise ApiError(415, f"Expected content-type application/json, found {media_type[:64]}")
-    too_large = ApiError(413, f"The request body is larger than {limit_bytes} bytes", code="request_too_large")
-    with contextlib.suppress(ValueError):
-        if int(request.headers.get("content-length", "0")) > limit_bytes:
-            raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
-            raise too_large
-    return bytes(body)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
@@ -256,69 +247,4 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         message = f"Unknown path {request.url.path[:128]}" if unknown else f"{request.method}: {error.detail}"
         error = ApiError(error.status_code, message, headers=dict(error.headers or {}))
     assert isinstance(error, ApiError)
-    return JSONResponse(error.envelope(), status_code=error.status, headers=error.headers)
-
-
-class Envelope:
-    """Outermost layer: checks the key, and turns an unexpected error into a 500 in the envelope."""
-
-    def __init__(self, app: ASGIApp, keys: frozenset[bytes]) -> None:
-        self._app = app
-        self._keys = keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = False
-
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
-        request = Request(scope, receive)
-        try:
-            if self._keys and scope["path"] != "/healthz":
-                self._authorize(request.headers.get("authorization", ""))
-            await self._app(scope, receive, watched)
-        except ApiError as error:
-            await (await _answer_error(request, error))(scope, receive, send)
-        except ClientDisconnect:
-            logger.info("A client left before its answer")
-        except Exception:
-            logger.exception("Request %s failed", request.headers.get("x-request-id", "-"))
-            if not started:
-                await (await _answer_error(request, internal()))(scope, receive, send)
-
-    def _authorize(self, header: str) -> None:
-        scheme, _, key = header.partition(" ")
-        digest = _digest(key.strip()) if scheme.lower() == "bearer" else b""
-        # Every key is compared, so that the time taken does not say which one was close.
-        if sum(hmac.compare_digest(digest, known) for known in self._keys) == 0:
-            headers = {"www-authenticate": "Bearer"}
-            raise ApiError(401, "Incorrect API key provided", code="invalid_api_key", headers=headers)
-
-
-def read_api_keys(path: str | None) -> frozenset[bytes]:
-    """Digests of the keys in a file, one key per line; none if there is no file to read.
-
-    Raises:
-        ConfigError: the file cannot be read or holds no key.
-    """
-    if not path:
-        return frozenset()
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{API_KEYS_VARIABLE}={path}: cannot be read ({error}); give a file with one key per line"
-        ) from error
-    keys = frozenset(_digest(line.strip()) for line in lines if line.strip())
-    if not keys:
-        raise ConfigError(f"{API_KEYS_VARIABLE}={path}: holds no key; write one per line, or unset the variable")
-    return keys
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return error_response(error)

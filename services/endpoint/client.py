@@ -12,7 +12,7 @@ from typing import Any
 from cluster.connection import while_ray_lives
 from cluster.errors import PortInUse
 from services.endpoint.errors import EndpointUnavailable
-from services.endpoint.schema import EndpointConfig
+from services.endpoint.schema import DirectoryArguments, EndpointConfig
 
 APP_NAME = "endpoint"
 
@@ -25,6 +25,7 @@ def start_endpoint(
     model_name: str,
     database: str,
     *,
+    tracking: str = "",
     placement: Mapping[str, Any] | None = None,
     timeout_s: float = 180.0,
     blocking: bool = False,
@@ -32,8 +33,9 @@ def start_endpoint(
     """Runs the endpoint on the connected Ray and waits until it serves; returns its base URL.
 
     Args:
-        database: SQLAlchemy URL of the champions database, reachable from every replica.
-        placement: `resources` and `label_selector` of each replica.
+        database: SQLAlchemy URL of the champions database, reachable from every node.
+        tracking: MLflow's URI, likewise, where the end of a canary is written down; empty: only in the database.
+        placement: `resources` and `label_selector` of each replica of a version.
         timeout_s: how long to wait for the first champion to be loaded.
         blocking: return only when interrupted, and stop the endpoint then.
 
@@ -45,7 +47,8 @@ def start_endpoint(
 
     from services.endpoint.deployment import app
 
-    application = app({**config.model_dump(), "model_name": model_name, "database": database, **(placement or {})})
+    named = {"model_name": model_name, "database": database, "tracking": tracking}
+    application = app({**config.model_dump(), **named, **(placement or {})})
     start_serve(config.host, config.port)
     if APP_NAME in serve.status().applications:  # running it again would replace it, and stopping it end the other
         raise PortInUse(
@@ -64,11 +67,61 @@ def start_endpoint(
     return url
 
 
-def stop_endpoint() -> None:
-    """Removes the application; answers that are being written are finished first."""
+def start_directory(arguments: DirectoryArguments, timeout_s: float = 600.0) -> str:
+    """Runs the endpoint around a plain model directory, as `start_endpoint` does around a champion.
+
+    Raises:
+        PortInUse: as `start_endpoint`.
+        EndpointUnavailable: the model could not be loaded, or not in time.
+    """
     from ray import serve
 
-    while_ray_lives(lambda: serve.delete(APP_NAME))
+    from services.endpoint.fixed_deployment import app
+
+    application = app(arguments.model_dump())
+    start_serve(arguments.host, arguments.port)
+    if APP_NAME in serve.status().applications:
+        raise PortInUse(
+            f"endpoint: asked to serve {arguments.directory} on {arguments.host}:{arguments.port}, but an endpoint "
+            "runs on this Ray already: stop that one, or use another cluster"
+        )
+    try:
+        serve.run(application, name=APP_NAME, route_prefix="/", blocking=False)
+    except RuntimeError as error:  # the replica's constructor failed; Serve says how in its log
+        raise EndpointUnavailable(
+            f"endpoint: {arguments.directory} could not be loaded ({str(error).splitlines()[0]}); see the log"
+        ) from error
+    url = base_url(arguments)
+    wait_healthy(url, timeout_s)
+    return url
+
+
+def stop_endpoint() -> None:
+    """Removes the application, then those of its versions; answers that are being written are finished first."""
+    from ray import serve
+
+    from services.endpoint.versions import version_applications
+
+    def remove() -> None:
+        serve.delete(APP_NAME)
+        for name in version_applications():
+            serve.delete(name)
+
+    while_ray_lives(remove)
+
+
+def ask_traffic(url: str, api_key: str | None = None) -> dict[str, Any]:
+    """What `GET /v1/raystill/traffic` says: shares and recent figures of each version, and the canary.
+
+    Raises:
+        EndpointUnavailable: no answer, or an error.
+    """
+    headers = {"authorization": f"Bearer {api_key}"} if api_key is not None else {}
+    try:
+        with _opener.open(urllib.request.Request(f"{url}/v1/raystill/traffic", headers=headers), timeout=10) as reply:
+            return json.load(reply)
+    except (OSError, ValueError) as error:
+        raise EndpointUnavailable(f"endpoint {url}: it does not say its traffic ({error})") from error
 
 
 def base_url(config: EndpointConfig) -> str:

@@ -9,11 +9,14 @@ Axes: N positions, V vocabulary, K kept entries.
 import codecs
 import json
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from services.endpoint.schema import FinishReason
 
 LOGPROB_FLOOR = -9999.0
 """Stands for a log-probability of minus infinity, which JSON cannot hold."""
@@ -79,21 +82,64 @@ _BYTE_OF_CHARACTER = _byte_characters()
 # --- choosing a token -------------------------------------------------------------------------------------------------
 
 
-def choose_token(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Draws a token id; at temperature 0 the most likely one.
+@dataclass(frozen=True)
+class Choosing:
+    """How one sequence chooses its next token."""
 
-    `top_p` keeps the smallest set of most likely tokens whose probabilities reach it, at least one.
+    temperature: float
+    """0 takes the most likely token."""
+    top_p: float
+    """Keeps the smallest set of most likely tokens whose probabilities reach it, at least one."""
+    generator: torch.Generator
+
+
+def choose_tokens(logits_NV: Tensor, rules: list[Choosing]) -> list[int]:
+    """Draws a token id for each row, by its own rule and from its own generator, which gives one number for a token.
+
+    The token is the one in whose share of the cumulated probability the number falls, so a row's token depends on
+    nothing but the row and its generator.
     """
-    if temperature == 0:
-        return int(logits_V.argmax())
-    logits = logits_V.double()
-    probabilities_V = torch.softmax((logits - logits.max()) / temperature, dim=-1)
-    if top_p >= 1:
-        return int(torch.multinomial(probabilities_V, 1, generator=generator))
-    sorted_V, ids_V = torch.sort(probabilities_V, descending=True, stable=True)
-    mass_before_V = sorted_V.cumsum(-1) - sorted_V
-    num_kept = max(1, int((mass_before_V < top_p).sum()))
-    return int(ids_V[torch.multinomial(sorted_V[:num_kept], 1, generator=generator)])
+    chosen = logits_NV.argmax(-1).tolist()
+    drawn = [row for row, rule in enumerate(rules) if rule.temperature > 0]
+    if not drawn:
+        return chosen
+    logits = logits_NV[drawn] if len(drawn) < len(rules) else logits_NV
+    temperatures = torch.tensor([rules[row].temperature for row in drawn], dtype=logits.dtype)[:, None]
+    probabilities_NV = torch.softmax((logits - logits.max(-1, keepdim=True).values) / temperatures, dim=-1)
+    whole = [number for number, row in enumerate(drawn) if rules[row].top_p >= 1]
+    cumulated = dict(zip(whole, probabilities_NV[whole].cumsum(-1, dtype=torch.float64), strict=True)) if whole else {}
+    for number, row in enumerate(drawn):
+        share = torch.rand((), generator=rules[row].generator, dtype=torch.float64)
+        if number in cumulated:
+            chosen[row] = _at(cumulated[number], share)
+        else:
+            ids, cumulated_K = _most_likely(probabilities_NV[number], rules[row].top_p)
+            chosen[row] = int(ids[_at(cumulated_K, share)])
+    return chosen
+
+
+def choose_token(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """`choose_tokens` for a single row."""
+    return choose_tokens(logits_V[None], [Choosing(temperature, top_p, generator)])[0]
+
+
+_FEW = 256
+"""Tokens that mostly hold the share `top_p`; sorting the whole vocabulary takes many times as long."""
+
+
+def _most_likely(probabilities_V: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Ids of the smallest set of most likely tokens that reaches `top_p`, and their cumulated probability."""
+    for count in (min(_FEW, len(probabilities_V)), len(probabilities_V)):
+        values, ids = torch.topk(probabilities_V, count)
+        cumulated = values.cumsum(-1, dtype=torch.float64)
+        num_kept = max(1, int((cumulated - values < top_p).sum()))
+        if num_kept < count:
+            break
+    return ids[:num_kept], cumulated[:num_kept]
+
+
+def _at(cumulated: Tensor, share: Tensor) -> int:
+    return min(int(torch.searchsorted(cumulated, share * cumulated[-1], right=True)), len(cumulated) - 1)
 
 
 @dataclass(frozen=True)
@@ -122,6 +168,38 @@ def token_logprobs(logits_NV: Tensor, token_ids: list[int], num_top: int) -> lis
 
 def _finite(logprob: float) -> float:
     return max(logprob, LOGPROB_FLOOR)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the answer: what one or more tokens added to one choice."""
+
+    index: int
+    text: str = ""
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    num_sampled: int = 0
+    """Tokens sampled since the choice's last piece."""
+    finish_reason: FinishReason | None = None
+    """Set in the choice's last piece."""
+
+
+def joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """One piece per choice, in order of their indexes."""
+    by_index: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        by_index.setdefault(piece.index, []).append(piece)
+    return [
+        parts[0]
+        if len(parts) == 1
+        else Piece(
+            index,
+            "".join(piece.text for piece in parts),
+            [token for piece in parts for token in piece.tokens],
+            sum(piece.num_sampled for piece in parts),
+            parts[-1].finish_reason,
+        )
+        for index, parts in sorted(by_index.items())
+    ]
 
 
 # --- text that grows --------------------------------------------------------------------------------------------------

@@ -1,74 +1,109 @@
-"""The Ray Serve application: one class around the HTTP interface, one builder.
+"""The endpoint's own Serve application: routers that take requests, and the supervisor that tells them who answers.
 
     serve run services.endpoint.deployment:app model_name=NAME database=sqlite:////dir/champions.db
 
-Every replica follows the champion by itself, so promoting needs no redeployment. Requests are refused in the replica
-when its queue is full; Serve's own limit is set above that, because its rejections are slow.
+The versions are applications of their own (`versions.py`), which the supervisor starts and ends, so promoting needs no
+redeployment. Requests are refused in the version when its queue is full; Serve's own limits are set above that, because
+its rejections are slow.
 """
 
-import os
-from pathlib import Path
+import threading
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from cluster.api_keys import check_address
 from cluster.config import validate
 from cluster.logs import setup_logging
-from cluster.resources import process_environment, threads_each
-from services.endpoint.api import API_KEYS_VARIABLE, build_api, read_api_keys
-from services.endpoint.following import ChampionFollower
-from services.endpoint.model import ServedModel
-from services.endpoint.pool import DecodingPool
+from cluster.resources import process_environment
+from services.endpoint.api import build_api
+from services.endpoint.canary import Observation
+from services.endpoint.metrics import RouterMetrics
+from services.endpoint.router import Exchange, Router, put_router_into
 from services.endpoint.schema import EndpointArguments
+from services.endpoint.supervisor import Supervisor
+from services.endpoint.traffic import Route, RoutingTable
+from services.endpoint.versions import DEPLOYMENT, RemoteVersion, VersionApplications
 
-_UNCOUNTED_REQUESTS = 64
-"""Room above the decoding queue for health checks, lists, and requests on their way to a refusal."""
+_UNCOUNTED_REQUESTS = 1024
+"""Room above the versions' queues for health checks, lists, bodies that come slowly, and requests on their way to a
+refusal."""
+
+
+@serve.deployment(name="Supervisor", num_replicas=1, max_ongoing_requests=1000)
+class SupervisorReplica:
+    """The one supervisor of an endpoint, and the thread in which it works."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        setup_logging("INFO")
+        asked = EndpointArguments.model_validate(arguments)
+        self._supervisor = Supervisor(asked, VersionApplications(asked))
+
+        def work() -> None:
+            while True:
+                self._supervisor.poll()
+                self._supervisor.urgent.wait(asked.poll_s)
+
+        threading.Thread(target=work, name="supervisor", daemon=True).start()
+
+    async def exchange(
+        self, router: str, observations: list[Observation], in_flight: dict[str, int], table: int
+    ) -> tuple[RoutingTable, dict[str, Any]]:
+        """See `Supervisor.exchange`."""
+        return self._supervisor.exchange(router, observations, in_flight, table)
 
 
 @serve.deployment(graceful_shutdown_timeout_s=60)
 @serve.ingress()
 class Endpoint:
-    """A replica: the champion's model, threads that decode, and the HTTP interface."""
+    """A router: the HTTP interface, whose questions to a model go to the versions."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        import torch
-
+    def __init__(self, arguments: dict[str, Any], supervisor: Any) -> None:
         setup_logging("INFO")
         self._arguments = EndpointArguments.model_validate(arguments)
-        torch.set_num_threads(self._arguments.threads_per_replica or threads_each(self._arguments.replicas))
-        self._pool = DecodingPool(self._arguments.max_running, self._arguments.max_waiting)
-        self._follower = ChampionFollower(self._arguments.model_name, self._arguments.database, self._load)
-        self._follower.start(self._arguments.poll_s)
+        versions: dict[str, RemoteVersion] = {}
+
+        def reach(route: Route) -> RemoteVersion:
+            if route.app not in versions:
+                versions[route.app] = RemoteVersion(route)
+            return versions[route.app]
+
+        def ask(*said: Any) -> tuple[RoutingTable, dict[str, Any]]:
+            return supervisor.exchange.remote(*said).result(timeout_s=30)
+
+        def warm(route: Route) -> None:
+            serve.get_deployment_handle(DEPLOYMENT, app_name=route.app).describe.remote().result(timeout_s=30)
+            versions[route.app] = RemoteVersion(route)
+
+        metrics = RouterMetrics(self._arguments.model_name)
+        self._router = Router(self._arguments, reach, metrics)
+        self._exchange = Exchange(self._router, ask, warm, self._arguments.poll_s)
+        self._exchange.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the constructor is done."""
-        return build_api(self._arguments, self._follower, self._pool)
-
-    def _load(self, directory: Path) -> ServedModel:
-        return ServedModel(directory, self._arguments.max_context_tokens, self._arguments.max_new_tokens)
+        return put_router_into(build_api(self._arguments, self._router, place="front"), self._router)
 
 
 def app(args: dict[str, Any]) -> Application:
-    """Builds the application from `model_name`, `database` and the fields of `EndpointConfig`.
+    """Builds the application from `model_name`, `database`, `tracking` and the fields of `EndpointConfig`.
 
     Raises:
-        ConfigError: an argument is missing, unknown or out of range, or the file of API keys cannot be used.
+        ConfigError: an argument is missing, unknown or out of range, or `host` is public and there is no API key.
     """
     arguments = validate(EndpointArguments, args, "of the endpoint")
+    check_address(arguments.host, arguments.database)
     environment = process_environment()
-    if keys_file := os.environ.get(API_KEYS_VARIABLE):
-        read_api_keys(keys_file)
-        environment[API_KEYS_VARIABLE] = keys_file
-    deployment = Endpoint.options(  # type: ignore[attr-defined]  # the decorator makes it a Deployment
-        num_replicas=arguments.replicas,
-        max_ongoing_requests=arguments.max_running + arguments.max_waiting + _UNCOUNTED_REQUESTS,
-        ray_actor_options={
-            "num_cpus": 1,
-            "runtime_env": {"env_vars": environment},
-            **({"resources": arguments.resources} if arguments.resources else {}),
-            **({"label_selector": arguments.label_selector} if arguments.label_selector else {}),
-        },
+    supervisor = SupervisorReplica.options(  # type: ignore[attr-defined]  # the decorator makes it a Deployment
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": dict(environment)}}
     )
-    return deployment.bind(arguments.model_dump())
+    capacity = arguments.replicas * (arguments.max_running + arguments.max_waiting)
+    deployment = Endpoint.options(  # type: ignore[attr-defined]  # the same
+        num_replicas=arguments.routers,
+        max_ongoing_requests=2 * capacity + _UNCOUNTED_REQUESTS,  # of champion and challenger
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": environment}},
+    )
+    plain = arguments.model_dump()
+    return deployment.bind(plain, supervisor.bind(plain))

@@ -42,6 +42,12 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+def not_supported(path: str, model: str, does: str) -> ApiError:
+    """404: the model is there, but does something else."""
+    message = f"{path} is not for this model: {model!r} {does}"
+    return ApiError(404, message, param="model", code="operation_not_supported")
+
+
 def unavailable(message: str, code: str, retry_after_s: int) -> ApiError:
     """503: the same request may succeed later."""
     return ApiError(503, message, kind="server_error", code=code, headers={"retry-after": str(retry_after_s)})

@@ -1,29 +1,24 @@
 """A registered version in memory: loads a verified directory and answers prompts. Knows torch, not Ray.
 
-Every choice is decoded on its own, one row at a time: an answer then depends on the request alone and not on what else
-is being served, so that equal seeds give equal texts under any load. The prompt is read once and its cache copied for
-each choice. A torch model keeps a cache of keys and values; an ONNX graph has none and reads the whole sequence anew
-for every token, which suits short answers only.
-
-Axes: T positions, V vocabulary.
+The tokenizer works on the caller's side, the model behind a scheduler that shares it between all requests. What a
+version is made of decides its engine: `services.endpoint.engines`.
 """
 
-import copy
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any, Literal
 
 from cluster.errors import ModelError
 from cluster.published import MANIFEST
-from services.endpoint.decoding import TextStream, TokenLogprob, Vocabulary, choose_token, token_logprobs
+from services.endpoint.decoding import Piece, Vocabulary
+from services.endpoint.engines.base import Engine, Read
+from services.endpoint.engines.loading import load_engine
+from services.endpoint.engines.scheduler import NOT_FINITE, Capacity, Load, Scheduler
 from services.endpoint.errors import invalid
-from services.endpoint.schema import ChatMessage, FinishReason, Sampling
+from services.endpoint.running import Running
+from services.endpoint.schema import ChatMessage, Sampling
+
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "Capacity", "Piece", "ServedModel"]
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -31,44 +26,30 @@ DEFAULT_CHAT_TEMPLATE = (
 )
 """Used for tokenizers without a template: one line `role: text` per message, then `assistant:`."""
 
-_PREFILL_TOKENS = 256
-"""Tokens of a prompt read in one forward pass; bounds the [T, V] logits of an echoed prompt and the wait for cancel."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of the answer: what one or more tokens added to one choice."""
-
-    index: int
-    text: str = ""
-    tokens: list[TokenLogprob] = field(default_factory=list)
-    num_sampled: int = 0
-    """Tokens sampled since the choice's last piece."""
-    finish_reason: FinishReason | None = None
-    """Set in the choice's last piece."""
-
-
-class _Sequence(Protocol):
-    """A sequence that a model has read so far."""
-
-    def extend(self, token_ids: list[int], last_only: bool) -> Tensor:
-        """Reads more tokens; returns their logits [T, V], or those of the last one [1, V]."""
-
-    def copy(self) -> "_Sequence": ...
-
 
 class ServedModel:
-    """A version that answers. Safe to use from several threads; holds no state between requests."""
+    """A version that answers. Safe to use from several threads; what is not referred to any more frees its memory."""
 
-    def __init__(self, directory: Path, max_context_tokens: int, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        max_context_tokens: int,
+        max_new_tokens: int,
+        capacity: Capacity | None = None,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    ) -> None:
         """Loads a directory whose files were verified, and reads one token to see that it works.
+
+        Args:
+            dtype: of the weights and the arithmetic of a torch model; `auto` is that of the files where the processor
+                multiplies it, and float32 elsewhere. ONNX graphs have their own.
 
         Raises:
             ModelError: the directory cannot be served; the message says why.
         """
         from transformers import AutoTokenizer
 
-        self.scheme = json.loads((directory / MANIFEST).read_text(encoding="utf-8")).get("scheme", "float")
+        self.scheme = _read_json(directory / MANIFEST).get("scheme", "float")
         config = _read_json(directory / "config.json")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(directory))
@@ -78,18 +59,16 @@ class ServedModel:
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.backend_tokenizer.no_padding()
         self.vocabulary = Vocabulary(self.tokenizer)
-        self._new_sequence = _load_weights(directory, self.scheme)
         limits = [config.get(name) for name in ("max_position_embeddings", "n_positions", "max_sequence_length")]
         self.max_context_tokens = min([max_context_tokens, *(limit for limit in limits if isinstance(limit, int))])
         self.max_new_tokens = max_new_tokens
-        self._eos_ids = _eos_ids(directory, config, self.tokenizer)
-        logits_TV = self._new_sequence().extend([0], last_only=True)
-        if logits_TV.shape[-1] < self.vocabulary.size:
-            raise ModelError(
-                f"the model has {logits_TV.shape[-1]} outputs, its tokenizer {self.vocabulary.size} tokens: "
-                "register the student with the tokenizer that it was trained with"
-            )
-        self._check_finite(logits_TV)
+        capacity = capacity or Capacity()
+        # A choice that fills the context must find room at least when it is alone.
+        max_cached_tokens = max(capacity.max_cached_tokens, self.max_context_tokens)
+        engine = load_engine(directory, self.scheme, dtype, max_cached_tokens)
+        _check_outputs(engine, self.vocabulary.size)
+        eos_ids = _eos_ids(directory, config, self.tokenizer)
+        self._scheduler = Scheduler(engine, self.vocabulary, eos_ids, capacity)
 
     # --- prompts ---
 
@@ -161,99 +140,29 @@ class ServedModel:
 
     # --- answers ---
 
-    def generate(
-        self, prompt_ids: list[int], sampling: Sampling, cancelled: Callable[[], bool], first_index: int = 0
-    ) -> Iterator[Piece]:
-        """Answers a prompt that passed `check_length`: the choices one after the other, each piece by piece.
+    @property
+    def load(self) -> Load:
+        """What is running and waiting now."""
+        return self._scheduler.load
 
-        Args:
-            cancelled: asked before every forward pass; once true, the answer just ends.
-            first_index: index of the first choice.
+    def check_room(self) -> None:
+        """Raises `ApiError` with status 503 if no request is taken now, before its tokens are counted."""
+        self._scheduler.check_room(0)
+
+    def submit(self, prompts: list[list[int]], sampling: Sampling) -> Running:
+        """Starts to answer prompts that passed `check_length`; called on the event loop.
+
+        Choice `c` of prompt `p` has the index `p * num_choices + c`.
 
         Raises:
-            ModelError: the model gave a logit that is not a number.
+            ApiError: status 503, at once, while too much is admitted.
         """
-        sequence = self._new_sequence()
-        prompt_logprobs: list[TokenLogprob] = []
-        scored = sampling.echo and sampling.top_logprobs is not None
-        if scored:
-            prompt_logprobs.append(TokenLogprob(prompt_ids[0], None, ()))
-        for start in range(0, len(prompt_ids), _PREFILL_TOKENS):
-            if cancelled():
-                return
-            logits_TV = sequence.extend(prompt_ids[start : start + _PREFILL_TOKENS], last_only=not scored)
-            self._check_finite(logits_TV)
-            if scored:
-                following = prompt_ids[start + 1 : start + 1 + len(logits_TV)]
-                scores_TV = logits_TV[: len(following), : self.vocabulary.size]
-                prompt_logprobs += token_logprobs(scores_TV, following, sampling.top_logprobs or 0)
-        for choice in range(sampling.num_choices):
-            own = sequence if choice == sampling.num_choices - 1 else sequence.copy()
-            index = first_index + choice
-            echoed = 0
-            if sampling.echo:
-                piece = self._echo(index, prompt_ids, prompt_logprobs)
-                echoed = len(piece.text)
-                yield piece
-            text = TextStream(self.vocabulary, sampling.stop, prompt_ids, offset=echoed)
-            yield from self._decode(index, own, logits_TV[-1], len(prompt_ids), text, sampling, cancelled)
-
-    def _decode(
-        self,
-        index: int,
-        sequence: _Sequence,
-        logits_V: Tensor,
-        num_prompt: int,
-        text: TextStream,
-        sampling: Sampling,
-        cancelled: Callable[[], bool],
-    ) -> Iterator[Piece]:
-        generator = torch.Generator()
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed((sampling.seed + index) % 2**63)
         limit = self.max_new_tokens if sampling.max_new_tokens is None else sampling.max_new_tokens
-        limit = min(limit, self.max_context_tokens - num_prompt)
-        finish: FinishReason = "length"
-        num_sampled = 0
-        for step in range(limit):
-            if cancelled():
-                return
-            # Rows behind the tokenizer's are padding: never sampled, and without a share of the probability.
-            logits_V = logits_V[: self.vocabulary.size]
-            token_id = choose_token(logits_V, sampling.temperature, sampling.top_p, generator)
-            num_sampled += 1
-            if token_id in self._eos_ids:
-                finish = "stop"
-                break
-            logprob = None
-            if sampling.top_logprobs is not None:
-                logprob = token_logprobs(logits_V[None], [token_id], sampling.top_logprobs)[0]
-            delta, tokens = text.push(token_id, logprob)
-            if delta or tokens:
-                yield Piece(index, delta, tokens, num_sampled)
-                num_sampled = 0
-            if text.stopped:
-                finish = "stop"
-                break
-            if step + 1 < limit:
-                logits_V = sequence.extend([token_id], last_only=True)[-1]
-                self._check_finite(logits_V)
-        delta, tokens = text.finish()
-        # Text that was held back can turn out to hold a stop text only when a character was left unfinished.
-        yield Piece(index, delta, tokens, num_sampled, "stop" if text.stopped else finish)
-
-    def _echo(self, index: int, prompt_ids: list[int], logprobs: list[TokenLogprob]) -> Piece:
-        """The prompt as the model read it: the text of its tokens, without special ones."""
-        stream = TextStream(self.vocabulary, (), [])
-        parts = [stream.push(token_id, logprobs[t] if logprobs else None) for t, token_id in enumerate(prompt_ids)]
-        parts.append(stream.finish())
-        return Piece(index, "".join(text for text, _ in parts), [token for _, tokens in parts for token in tokens])
-
-    def _check_finite(self, logits: Tensor) -> None:
-        if not torch.isfinite(logits[..., : self.vocabulary.size]).all():
-            raise ModelError("the model gave a logit that is not a finite number; retrain or register another version")
+        limits = [(ids, min(limit, self.max_context_tokens - len(ids))) for ids in prompts]
+        running = Running(sum(map(len, prompts)), lambda: self._scheduler.load.running)
+        job = self._scheduler.submit(limits, sampling, running.deliver)
+        running.on_cancel(lambda: self._scheduler.cancel(job))
+        return running
 
 
 _TEMPLATE_PARAMETERS = frozenset(
@@ -267,112 +176,25 @@ _TEMPLATE_PARAMETERS = frozenset(
 """What a client must not pass to the template, because the call itself sets it."""
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+def _check_outputs(engine: Engine, vocabulary_size: int) -> None:
+    """Reads one token.
 
+    Raises:
+        ModelError: there are fewer outputs than tokens, or one of them is no number.
+    """
+    import torch
 
-_ONNX_SCHEMES = ("onnx_int8", "onnx_int4", "int4_qat")
-_TORCH_SCHEMES = ("int8_weight_only", "int8_dynamic", "compressed_tensors_w4a16")
-
-
-def _load_weights(directory: Path, scheme: str) -> Callable[[], _Sequence]:
-    """A maker of empty sequences of the model in a directory."""
-    if scheme in _ONNX_SCHEMES:
-        return _load_onnx(directory)
-    if scheme not in (*_TORCH_SCHEMES, "float"):
-        known = ", ".join(("float", *_TORCH_SCHEMES, *_ONNX_SCHEMES))
-        raise ModelError(f"scheme {scheme!r} is not known here; known: {known}")
-    if scheme.startswith("int8"):
-        import torchao  # noqa: F401  # registers the tensor types that the file names
-
-    from transformers import DynamicCache
-
-    from cluster.language_model import load_causal_lm
-
-    model = load_causal_lm(str(directory))
-    return lambda: _TorchSequence(model, DynamicCache(config=model.config))
-
-
-class _TorchSequence:
-    def __init__(self, model: Any, cache: Any) -> None:
-        self._model, self._cache = model, cache
-
-    @torch.inference_mode()
-    def extend(self, token_ids: list[int], last_only: bool) -> Tensor:
-        output = self._model(
-            input_ids=torch.tensor([token_ids]),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1 if last_only else 0,
+    place = engine.reserve(1)
+    assert place is not None
+    logits_NV = engine.forward([Read(place, [0])])
+    engine.release(place)
+    if logits_NV.shape[-1] < vocabulary_size:
+        raise ModelError(
+            f"the model has {logits_NV.shape[-1]} outputs, its tokenizer {vocabulary_size} tokens: "
+            "register the student with the tokenizer that it was trained with"
         )
-        return output.logits[0].float()
-
-    def copy(self) -> "_TorchSequence":
-        return _TorchSequence(self._model, copy.deepcopy(self._cache))
-
-
-def _load_onnx(directory: Path) -> Callable[[], _Sequence]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        session = onnxruntime.InferenceSession(
-            str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # onnxruntime's own exceptions share no base class
-        raise ModelError(f"model.onnx cannot be loaded ({str(error).splitlines()[0]})") from error
-    if any(item.name.startswith("past_key_values.") for item in session.get_inputs()):
-        return lambda: _CachedOnnxSequence(session)
-    return lambda: _OnnxSequence(session, [])
-
-
-class _CachedOnnxSequence:
-    """A graph that keeps keys and values: each token is read once."""
-
-    def __init__(self, session: Any, cache: dict[str, Any] | None = None, read: int = 0) -> None:
-        import onnxruntime
-
-        self._session, self._read, self._value = session, read, onnxruntime.OrtValue.ortvalue_from_numpy
-        self._cache = cache or {
-            item.name: self._value(np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32))
-            for item in session.get_inputs()
-            if item.name.startswith("past_key_values.")
-        }
-
-    def extend(self, token_ids: list[int], last_only: bool) -> Tensor:
-        total = self._read + len(token_ids)
-        feed = {
-            "input_ids": np.asarray([token_ids], np.int64),
-            "position_ids": np.arange(self._read, total, dtype=np.int64)[None],
-            "attention_mask": np.ones((1, total), np.int64),
-        }
-        given = {name: self._value(value) for name, value in feed.items()} | self._cache
-        names = [item.name for item in self._session.get_outputs()]
-        logits_BTV, *present = self._session.run_with_ort_values(names, given)
-        self._cache, self._read = dict(zip(self._cache, present, strict=True)), total
-        logits_TV = torch.from_numpy(logits_BTV.numpy()[0])
-        return logits_TV[-1:] if last_only else logits_TV
-
-    def copy(self) -> "_CachedOnnxSequence":
-        return _CachedOnnxSequence(self._session, self._cache, self._read)  # values are replaced, never written to
-
-
-class _OnnxSequence:
-    def __init__(self, session: Any, token_ids: list[int]) -> None:
-        self._session, self._token_ids = session, token_ids
-
-    def extend(self, token_ids: list[int], last_only: bool) -> Tensor:
-        self._token_ids += token_ids
-        feed = {
-            "input_ids": np.asarray([self._token_ids], np.int64),
-            "position_ids": np.arange(len(self._token_ids), dtype=np.int64)[None],
-        }
-        logits_TV = torch.from_numpy(self._session.run(["logits"], feed)[0][0]).float()
-        return logits_TV[-1:] if last_only else logits_TV[-len(token_ids) :]
-
-    def copy(self) -> "_OnnxSequence":
-        return _OnnxSequence(self._session, list(self._token_ids))
+    if not torch.isfinite(logits_NV[:, :vocabulary_size]).all():
+        raise ModelError(NOT_FINITE)
 
 
 def _eos_ids(directory: Path, config: dict[str, Any], tokenizer: Any) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""Threads that decode, a bounded queue in front of them, and the way back to the event loop.
+"""Threads for an encoder, a bounded queue in front of them, and the way back to the event loop.
 
 A forward pass must not hold the event loop, and a queue without a bound only turns overload into time-outs. A request
 that finds the queue full is refused at once, before it costs anything.
@@ -18,16 +18,16 @@ T = TypeVar("T")
 _END = object()
 
 
-class DecodingPool:
+class WorkPool:
     """Runs at most `max_running` pieces of work at a time; at most `max_waiting` more may wait."""
 
     def __init__(self, max_running: int, max_waiting: int) -> None:
-        self._executor = ThreadPoolExecutor(max_running, thread_name_prefix="decode")
+        self._executor = ThreadPoolExecutor(max_running, thread_name_prefix="encode")
         self._limit = max_running + max_waiting
         self.num_admitted = 0
         """Requests that run or wait now."""
 
-    def start(self, work: Callable[[Callable[[], bool]], Iterator[T]]) -> "Running[T]":
+    def start(self, work: Callable[[Callable[[], bool]], Iterator[T]]) -> "Working[T]":
         """Queues work and returns its results as an asynchronous iterator. Call it on the event loop.
 
         Args:
@@ -40,7 +40,7 @@ class DecodingPool:
             raise unavailable("The server is overloaded; try again later.", "server_overloaded", retry_after_s=1)
         self.num_admitted += 1
         try:
-            return Running(self, self._executor, work)
+            return Working(self, self._executor, work)
         except RuntimeError:
             self.num_admitted -= 1
             raise unavailable("The server is shutting down.", "server_stopping", retry_after_s=5) from None
@@ -49,11 +49,11 @@ class DecodingPool:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-class Running(Generic[T]):
+class Working(Generic[T]):
     """Work in the pool: iterate over its results, or cancel it. An error in the work is raised where it is awaited."""
 
     def __init__(
-        self, pool: DecodingPool, executor: ThreadPoolExecutor, work: Callable[[Callable[[], bool]], Iterator[T]]
+        self, pool: WorkPool, executor: ThreadPoolExecutor, work: Callable[[Callable[[], bool]], Iterator[T]]
     ) -> None:
         self._pool = pool
         self._loop = asyncio.get_running_loop()

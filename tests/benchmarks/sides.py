@@ -101,11 +101,14 @@ def take_turns(sides: list[Side], repeats: int) -> None:
         del side.seconds[0]
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The options that every benchmark has."""
+def arguments(
+    description: str, add: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+) -> argparse.Namespace:
+    """The options that every benchmark has, and those that `add` adds to the parser."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and turns")
     parser.add_argument("--repeats", type=int, default=None, help="turns of each side; the median counts")
+    add(parser)
     return parser.parse_args()
 
 

@@ -4,82 +4,33 @@ import json
 import shutil
 import socket
 import threading
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
-from cluster.connection import ClusterConfig, connect
 from cluster.errors import PortInUse
 from jobs.rollback import rollback
-from services.endpoint.client import ask, check_port_free, start_endpoint, stop_endpoint
+from services.endpoint.client import ask, check_port_free, start_endpoint
 from services.endpoint.errors import EndpointUnavailable
 from services.endpoint.schema import EndpointConfig
-from tests.endpoint_models import crown_version, publish_version
+from tests.running_endpoint import MODEL, RunningEndpoint, running_endpoint, wait_until
 
 pytestmark = pytest.mark.integration
 
-MODEL = "tiny-student"
 PROMPT = "the cat sat on 猫🐈"
 
 
-@dataclass
-class Running:
-    url: str
-    port: int
-    database: str
-    directory: Path
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
-
-    def health(self) -> dict[str, Any]:
-        with urllib.request.urlopen(f"{self.url}/healthz", timeout=10) as response:
-            return json.load(response)
-
-    def publish(self, version: str, seed: int) -> tuple[str, str]:
-        return publish_version(self.directory / f"local-{version}", self.directory / "storage", version, seed)
-
-    def crown(self, version: str, uri: str, manifest_hash: str) -> None:
-        crown_version(self.database, MODEL, version, uri, manifest_hash)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not become true in time"
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEndpoint]:
     directory = tmp_path_factory.mktemp("endpoint")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = EndpointConfig(port=port, poll_s=0.3, max_context_tokens=400, max_new_tokens=380, threads_per_replica=1)
-    running = Running(f"http://127.0.0.1:{port}", port, f"sqlite:///{directory}/champions.db", directory)
-    running.crown("1", *running.publish("1", seed=1))
-    with connect(ClusterConfig(num_cpus=4, object_store_mb=80)):
-        from ray import serve
-
-        # As a teacher leaves it: Serve runs without an HTTP address, and without an application.
-        serve.start(proxy_location="Disabled")
-        assert start_endpoint(config, MODEL, running.database, timeout_s=90) == running.url
-        try:
-            yield running
-        finally:
-            stop_endpoint()
-            serve.shutdown()
+    with running_endpoint(directory) as running:
+        yield running
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def test_client_completion_streamed_and_whole_are_equal(endpoint: Running) -> None:
+def test_client_completion_streamed_and_whole_are_equal(endpoint: RunningEndpoint) -> None:
     client = endpoint.client()
     fields: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 40, "seed": 7, "temperature": 1.5}
     whole = client.completions.create(**fields)
@@ -90,7 +41,7 @@ def test_client_completion_streamed_and_whole_are_equal(endpoint: Running) -> No
     assert whole._request_id
 
 
-def test_client_chat_streamed_and_whole_are_equal(endpoint: Running) -> None:
+def test_client_chat_streamed_and_whole_are_equal(endpoint: RunningEndpoint) -> None:
     client = endpoint.client()
     fields: dict[str, Any] = {
         "model": MODEL,
@@ -110,7 +61,7 @@ def test_client_chat_streamed_and_whole_are_equal(endpoint: Running) -> None:
     assert finished == [choice.finish_reason for choice in whole.choices]
 
 
-def test_client_models_and_errors_have_openai_types(endpoint: Running) -> None:
+def test_client_models_and_errors_have_openai_types(endpoint: RunningEndpoint) -> None:
     client = endpoint.client()
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).object == "model"
@@ -127,7 +78,7 @@ def test_client_models_and_errors_have_openai_types(endpoint: Running) -> None:
     assert large.value.type == "invalid_request_error"
 
 
-def test_plain_client_asks_and_port_is_taken(endpoint: Running) -> None:
+def test_plain_client_asks_and_port_is_taken(endpoint: RunningEndpoint) -> None:
     assert ask(endpoint.url, MODEL, PROMPT, 8) == ask(endpoint.url, MODEL, PROMPT, 8)
     with pytest.raises(EndpointUnavailable, match="does not exist"):
         ask(endpoint.url, "other", PROMPT, 8)
@@ -135,14 +86,14 @@ def test_plain_client_asks_and_port_is_taken(endpoint: Running) -> None:
         check_port_free("127.0.0.1", endpoint.port)
 
 
-def test_endpoint_that_runs_is_not_replaced_by_another(endpoint: Running) -> None:
+def test_endpoint_that_runs_is_not_replaced_by_another(endpoint: RunningEndpoint) -> None:
     with pytest.raises(PortInUse, match="an endpoint runs on this Ray already"):
         start_endpoint(EndpointConfig(port=endpoint.port), "other", endpoint.database)
     assert endpoint.client().models.list().data[0].id == MODEL
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_client_that_leaves_stops_the_decoding(endpoint: Running, stream: bool) -> None:
+def test_client_that_leaves_stops_the_decoding(endpoint: RunningEndpoint, stream: bool) -> None:
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 370, "n": 60, "stream": stream, "stop": ["\0never\0"]}
     data = json.dumps(body).encode()
     lines = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
@@ -150,13 +101,14 @@ def test_client_that_leaves_stops_the_decoding(endpoint: Running, stream: bool) 
     with socket.create_connection(("127.0.0.1", endpoint.port)) as connection:
         connection.sendall(head.encode() + data)
         wait_until(lambda: endpoint.health()["requests"] == 1)
-        time.sleep(0.2)
+        wait_until(lambda: endpoint.traffic()["1"]["queue"] == 1)
         assert endpoint.health()["requests"] == 1, "the answer is done before the client could leave"
     # All 60 choices of 370 tokens would take over 10 s.
     wait_until(lambda: endpoint.health()["requests"] == 0, timeout_s=5)
+    wait_until(lambda: endpoint.traffic()["1"]["queue"] == 0, timeout_s=8)
 
 
-def test_new_champion_is_picked_up_without_a_failed_request(endpoint: Running) -> None:
+def test_new_champion_is_picked_up_without_a_failed_request(endpoint: RunningEndpoint) -> None:
     before = ask(endpoint.url, MODEL, PROMPT, 12)
     problems: list[BaseException] = []
     answers: list[str] = []
@@ -196,7 +148,7 @@ def test_new_champion_is_picked_up_without_a_failed_request(endpoint: Running) -
     assert endpoint.health()["epoch"] == 2
 
 
-def test_tampered_version_is_refused_and_the_old_one_stays(endpoint: Running) -> None:
+def test_tampered_version_is_refused_and_the_old_one_stays(endpoint: RunningEndpoint) -> None:
     serving = endpoint.health()
     before = ask(endpoint.url, MODEL, PROMPT, 12)
     uri, manifest_hash = endpoint.publish("3", seed=3)
@@ -216,7 +168,7 @@ def test_tampered_version_is_refused_and_the_old_one_stays(endpoint: Running) ->
     assert ask(endpoint.url, MODEL, PROMPT, 12) != before
 
 
-def test_rollback_is_followed(endpoint: Running) -> None:
+def test_rollback_is_followed(endpoint: RunningEndpoint) -> None:
     assert endpoint.health()["version"] == "3"
     epoch, answer = endpoint.health()["epoch"], ask(endpoint.url, MODEL, PROMPT, 12)
     rollback(MODEL, endpoint.database, f"sqlite:///{endpoint.directory}/nowhere.db")

@@ -18,13 +18,13 @@ import sqlalchemy
 import yaml
 
 from cluster.champions import current_champion, find_champion, open_database
+from cluster.crowning import settle
 from cluster.errors import StorageError
 from cluster.promotions import history, reign_before
 from cluster.published import publish_directory
 from cluster.registry import list_versions
 from cluster.storage import open_storage
 from jobs.config import PromoteConfig
-from jobs.crowning import settle
 from jobs.promote import promote
 from jobs.register import register
 from tests import postgres_server, promotion_races

@@ -308,6 +308,8 @@ EXECUTION = {
     "serve.poll_s=3": "poll_s",
     "serve.max_running=3": "max_running",
     "serve.max_waiting=3": "max_waiting",
+    "serve.max_cached_tokens=999": "max_cached_tokens",
+    "serve.max_admitted_tokens=9999": "max_admitted_tokens",
     "serve.max_body_bytes=9999": "max_body_bytes",
 }
 """What says where and how fast: nothing else may be left out of the identity."""
@@ -349,6 +351,7 @@ DECIDING = [
     "promote.scheme=onnx_int8",
     "promote.max_quality_drop=0.5",
     "serve.max_context_tokens=99",
+    "serve.dtype=bfloat16",
     "serve.question=why",
 ]
 

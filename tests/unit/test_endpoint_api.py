@@ -11,12 +11,12 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from cluster.errors import ConfigError
-from services.endpoint.api import API_KEYS_VARIABLE, build_api
+from services.endpoint.api import build_api
+from services.endpoint.engines.scheduler import Load
 from services.endpoint.errors import ApiError
-from services.endpoint.following import ChampionFollower
+from services.endpoint.following import ChampionFollower, verified
 from services.endpoint.model import Piece, ServedModel
-from services.endpoint.pool import DecodingPool
+from services.endpoint.pool import WorkPool
 from services.endpoint.schema import EndpointArguments
 from tests.endpoint_models import crown_version, publish_version
 
@@ -55,24 +55,18 @@ def follower(arguments: EndpointArguments) -> ChampionFollower:
     def load(directory: Path) -> ServedModel:
         return ServedModel(directory, arguments.max_context_tokens, arguments.max_new_tokens)
 
-    follower = ChampionFollower(MODEL, arguments.database, load)
+    follower = ChampionFollower(MODEL, arguments.database, verified(load))
     follower.poll()
     assert follower.problem is None
     return follower
 
 
 @pytest.fixture
-def pool() -> Iterator[DecodingPool]:
-    pool = DecodingPool(max_running=1, max_waiting=1)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture
-def client(arguments: EndpointArguments, follower: ChampionFollower, pool: DecodingPool) -> Iterator[TestClient]:
-    with TestClient(build_api(arguments, follower, pool)) as client:
+def client(arguments: EndpointArguments, follower: ChampionFollower) -> Iterator[TestClient]:
+    with TestClient(build_api(arguments, follower)) as client:
         yield client
-    assert pool.num_admitted == 0
+    assert follower.served is not None
+    assert follower.served.model.load == Load(running=0, waiting=0, admitted_tokens=0)
 
 
 def events(response: Any) -> list[Any]:
@@ -209,10 +203,10 @@ def test_models_and_health_describe_the_champion(client: TestClient) -> None:
     assert (health["model"], health["version"], health["epoch"], health["problem"]) == (MODEL, "1", 1, None)
 
 
-def test_without_champion_everything_but_the_paths_is_503(arguments: EndpointArguments, pool: DecodingPool) -> None:
+def test_without_champion_everything_but_the_paths_is_503(arguments: EndpointArguments) -> None:
     follower = ChampionFollower("nobody", arguments.database, lambda directory: None)  # type: ignore[arg-type,return-value]
     follower.poll()
-    with TestClient(build_api(arguments, follower, pool)) as client:
+    with TestClient(build_api(arguments, follower)) as client:
         health = client.get("/healthz")
         assert health.status_code == 503
         assert "no champion yet" in health.json()["problem"]
@@ -225,12 +219,26 @@ def test_without_champion_everything_but_the_paths_is_503(arguments: EndpointArg
 def test_unexpected_errors_are_500_before_and_an_event_after_the_first_byte(
     client: TestClient, follower: ChampionFollower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail_late(*_: Any, **__: Any) -> Iterator[Piece]:
-        yield Piece(0, "some")
-        raise RuntimeError("secret path")
+    class FailsLate:
+        """Answers a piece, and then an error."""
+
+        def __init__(self, *_: Any) -> None:
+            self._items = iter([3, Piece(0, "some"), RuntimeError("secret path")])
+
+        def __aiter__(self) -> "FailsLate":
+            return self
+
+        async def __anext__(self) -> Any:
+            item = next(self._items)
+            if isinstance(item, Exception):
+                raise item
+            return item
+
+        def cancel(self) -> None:
+            pass
 
     assert follower.served is not None
-    monkeypatch.setattr(follower.served.model, "generate", fail_late)
+    monkeypatch.setattr(follower.served.model, "submit", FailsLate)
     whole = client.post("/v1/completions", json=TEXT)
     assert whole.status_code == 500
     assert whole.json()["error"]["type"] == "server_error"
@@ -244,41 +252,9 @@ def test_unexpected_errors_are_500_before_and_an_event_after_the_first_byte(
     assert client.post("/v1/completions", json=TEXT).status_code == 200
 
 
-def test_api_keys_guard_everything_but_health(
-    arguments: EndpointArguments,
-    follower: ChampionFollower,
-    pool: DecodingPool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    keys = tmp_path / "keys"
-    monkeypatch.setenv(API_KEYS_VARIABLE, str(keys))
-    with pytest.raises(ConfigError, match="cannot be read"):
-        TestClient(build_api(arguments, follower, pool)).get("/healthz")
-    keys.write_text("\n")
-    with pytest.raises(ConfigError, match="holds no key"):
-        TestClient(build_api(arguments, follower, pool)).get("/healthz")
-    keys.write_text("first\n  second \n")
-    with TestClient(build_api(arguments, follower, pool)) as client:
-        assert client.get("/healthz").status_code == 200
-        for header in (
-            {},
-            {"authorization": "Bearer third"},
-            {"authorization": "Basic first"},
-            {"authorization": "Bearer"},
-        ):
-            for path in ("/v1/models", "/nothing"):
-                refused = client.get(path, headers=header)
-                assert refused.status_code == 401
-                assert refused.json()["error"]["code"] == "invalid_api_key"
-                assert refused.headers["www-authenticate"] == "Bearer"
-        for key in ("first", "second"):
-            assert client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
-
-
 def test_pool_refuses_when_full_and_frees_what_is_cancelled() -> None:
     async def scenario() -> None:
-        pool = DecodingPool(max_running=1, max_waiting=1)
+        pool = WorkPool(max_running=1, max_waiting=1)
         gate = threading.Event()
 
         def work(cancelled: Callable[[], bool]) -> Iterator[int]:

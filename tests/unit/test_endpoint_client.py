@@ -53,6 +53,8 @@ def test_app_takes_text_from_the_command_line_and_names_a_wrong_key() -> None:
     from services.endpoint.deployment import app
 
     built = app({"model_name": "student", "database": "sqlite:///x.db", "poll_s": "0.5", "replicas": "2"})
-    assert built._bound_deployment.num_replicas == 2
+    arguments, _ = built._bound_deployment.init_args
+    assert (arguments["poll_s"], arguments["replicas"]) == (0.5, 2)
+    assert built._bound_deployment.num_replicas == 1
     with pytest.raises(ConfigError, match="did you mean model_name"):
         app({"model_nam": "student", "database": "sqlite:///x.db"})

@@ -11,7 +11,7 @@ from cluster.published import manifest_sha256, publish_directory
 from cluster.storage import open_storage
 from jobs.rollback import rollback
 from services.endpoint import following
-from services.endpoint.following import ChampionFollower
+from services.endpoint.following import ChampionFollower, verified
 from tests.endpoint_models import crown_version
 
 MODEL = "student"
@@ -48,7 +48,7 @@ def publish(tmp_path: Path, database: str, version: str, weights: str) -> Path:
 
 def test_poll_without_champion_says_so_and_loads_the_first_one(tmp_path: Path, database: str) -> None:
     load = Loader()
-    follower = ChampionFollower(MODEL, database, load)
+    follower = ChampionFollower(MODEL, database, verified(load))
     follower.poll()
     assert follower.served is None
     assert "no champion yet" in (follower.problem or "")
@@ -63,7 +63,7 @@ def test_poll_without_champion_says_so_and_loads_the_first_one(tmp_path: Path, d
 
 @pytest.mark.parametrize("damage", ["file", "manifest", "file and manifest", "missing", "unusable"])
 def test_poll_refuses_a_bad_version_and_keeps_the_old_one(tmp_path: Path, database: str, damage: str) -> None:
-    follower = ChampionFollower(MODEL, database, Loader())
+    follower = ChampionFollower(MODEL, database, verified(Loader()))
     publish(tmp_path, database, "1", "one")
     follower.poll()
     stored = publish(tmp_path, database, "2", "unusable" if damage == "unusable" else "two")
@@ -91,7 +91,7 @@ def test_poll_refuses_a_bad_version_and_keeps_the_old_one(tmp_path: Path, databa
 
 def test_poll_refuses_a_version_with_a_pickle_even_if_the_manifest_names_it(tmp_path: Path, database: str) -> None:
     load = Loader()
-    follower = ChampionFollower(MODEL, database, load)
+    follower = ChampionFollower(MODEL, database, verified(load))
     source = tmp_path / "source"
     source.mkdir()
     (source / "weights.txt").write_text("one")
@@ -105,7 +105,7 @@ def test_poll_refuses_a_version_with_a_pickle_even_if_the_manifest_names_it(tmp_
 
 
 def test_poll_follows_a_rollback(tmp_path: Path, database: str) -> None:
-    follower = ChampionFollower(MODEL, database, Loader())
+    follower = ChampionFollower(MODEL, database, verified(Loader()))
     for version in ("1", "2"):
         publish(tmp_path, database, version, f"weights {version}")
     nowhere = f"sqlite:///{tmp_path}/nowhere.db"
@@ -126,7 +126,7 @@ def test_poll_tries_a_refused_version_again_later_and_a_new_one_at_once(
     now = [100.0]
     monkeypatch.setattr(following.time, "monotonic", lambda: now[0])
     load = Loader()
-    follower = ChampionFollower(MODEL, database, load)
+    follower = ChampionFollower(MODEL, database, verified(load))
     stored = publish(tmp_path, database, "1", "unusable")
     for _ in range(5):
         follower.poll(poll_s=2)
@@ -146,7 +146,7 @@ def test_poll_tries_a_refused_version_again_later_and_a_new_one_at_once(
 
 def test_poll_survives_a_database_that_is_away(tmp_path: Path, database: str) -> None:
     publish(tmp_path, database, "1", "one")
-    follower = ChampionFollower(MODEL, database, Loader())
+    follower = ChampionFollower(MODEL, database, verified(Loader()))
     follower.poll()
     path = Path(database.removeprefix("sqlite:///"))
     content = path.read_bytes()

@@ -1,6 +1,5 @@
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,21 +10,13 @@ import torch
 from onnx import TensorProto, helper
 
 from cluster.errors import ModelError
-from services.endpoint.answers import joined
+from services.endpoint.engines.base import Read
 from services.endpoint.errors import ApiError
-from services.endpoint.model import Piece, ServedModel
+from services.endpoint.model import ServedModel
 from services.endpoint.schema import ChatMessage, Sampling
-from tests.endpoint_models import NUM_PADDING, save_version
+from tests.endpoint_models import NUM_PADDING, answer, save_version
 
 PROMPT = "the cat sat on 猫 mat"
-
-
-def never() -> bool:
-    return False
-
-
-def answer(model: ServedModel, prompt_ids: list[int], sampling: Sampling) -> list[Piece]:
-    return joined(model.generate(prompt_ids, sampling, never))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,8 +107,11 @@ def test_generate_never_samples_padding_rows(directory: Path, tmp_path: Path) ->
     head[-NUM_PADDING:] = head[:NUM_PADDING] * 50
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model = ServedModel(tmp_path, 480, 300)
-    sequence = model._new_sequence()
-    assert int(sequence.extend(model.encode(PROMPT), True)[-1].argmax()) >= model.vocabulary.size
+    engine = model._scheduler._engine
+    place = engine.reserve(40)
+    assert place is not None
+    assert int(engine.forward([Read(place, model.encode(PROMPT))])[-1].argmax()) >= model.vocabulary.size
+    engine.release(place)
     for temperature in (0.0, 2.0):
         piece = answer(model, model.encode(PROMPT), Sampling(60, temperature=temperature, top_logprobs=20))[0]
         assert all(index < model.vocabulary.size for token in piece.tokens for index, _ in token.top)
@@ -140,15 +134,10 @@ def test_generate_stops_at_stop_text_and_at_end_of_text(model: ServedModel) -> N
     assert "</s>" not in ended.text
 
 
-def test_generate_ends_at_the_context_limit_and_when_cancelled(model: ServedModel) -> None:
+def test_generate_ends_at_the_context_limit(model: ServedModel) -> None:
     token_ids = (model.encode(PROMPT) * 60)[:470]
     piece = answer(model, token_ids, Sampling(None, temperature=0))[0]
     assert (piece.num_sampled, piece.finish_reason) == (10, "length")
-    looks = iter([False] * 5 + [True] * 500)
-    started = time.monotonic()
-    pieces = list(model.generate(model.encode(PROMPT), Sampling(300, temperature=0), lambda: next(looks)))
-    assert sum(piece.num_sampled for piece in pieces) <= 5
-    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(("num_prompt", "asked", "fits"), [(470, 10, True), (470, 11, False), (480, None, False)])

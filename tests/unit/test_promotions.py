@@ -10,6 +10,7 @@ import pytest
 
 from cluster import promotions
 from cluster.champions import current_champion, find_champion, open_database
+from cluster.crowning import settle
 from cluster.errors import ConfigError, PromotionRefused
 from cluster.processes import is_gone, this_process
 from cluster.promotions import abandon_dead, advance, crown, history, kept_alive, propose, reign_before
@@ -18,7 +19,6 @@ from cluster.registry import list_versions
 from cluster.storage import open_storage
 from cluster.tracking import register_version, set_alias
 from jobs.config import PromoteConfig
-from jobs.crowning import settle
 from jobs.promote import promote
 from jobs.rollback import rollback
 from tests.promotion_races import (

@@ -40,14 +40,18 @@ def test_readme_raystill_command_parses(line):
     _, command, *arguments = shlex.split(line)
     known = typer.main.get_command(app).commands
     assert command in known
+    if hasattr(known[command], "commands"):  # `keys create` is a command of the group `keys`
+        known = known[command].commands
+        command, *arguments = arguments
+        assert command in known
     options = {name for option in known[command].params for name in option.opts}
     for place, argument in reversed([*enumerate(arguments)]):
         if argument.startswith("--"):
             assert argument in options
             option = next(option for option in known[command].params if argument in option.opts)
             del arguments[place : place + (1 if option.is_flag else 2)]
-    if arguments and arguments[0].endswith((".yaml", ".yml")):
-        load(RunConfig, ROOT / arguments[0], arguments[1:])
+    if arguments and arguments[0].endswith((".yaml", ".yml")) and command not in ("status", "versions"):
+        load(RunConfig, ROOT / arguments[0], [override for override in arguments[1:] if command != "revoke"])
 
 
 @pytest.mark.parametrize("line", commands("make "))

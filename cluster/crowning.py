@@ -11,10 +11,11 @@ from typing import Any
 
 from sqlalchemy import Engine
 
+from cluster.canaries import latest_canary, mark_canary_announced, running_canary
 from cluster.champions import Champion, current_champion, has_database, now_text, opened
 from cluster.errors import PromotionRefused
 from cluster.promotions import Promotion, abandon_dead, advance, crown, mark_announced, reign_of
-from cluster.registry import point_champion, tag_version
+from cluster.registry import point_challenger, point_champion, tag_version
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def settle_in(engine: Engine, model_name: str, tracking: str) -> None:
     """The same in a database that is open."""
     for promotion in abandon_dead(engine, model_name):
         logger.warning("promotion %d of %s was abandoned: %s", promotion.id, model_name, promotion.reason)
+    running_canary(engine, model_name)
     announce(engine, model_name, tracking)
 
 
@@ -62,9 +64,13 @@ def refuse(
 
 
 def announce(engine: Engine, model_name: str, tracking: str) -> None:
-    """Makes MLflow say who reigns, and why. May be done any number of times, by anyone."""
-    if not has_registry(tracking):
-        return
+    """Makes MLflow say who reigns, who is challenger, and why. May be done any number of times, by anyone."""
+    if has_registry(tracking):
+        _announce_champion(engine, model_name, tracking)
+        _announce_canary(engine, model_name, tracking)
+
+
+def _announce_champion(engine: Engine, model_name: str, tracking: str) -> None:
     champion = current_champion(engine, model_name)
     while champion is not None:
         reign = reign_of(engine, model_name, champion.epoch)
@@ -81,6 +87,28 @@ def announce(engine: Engine, model_name: str, tracking: str) -> None:
             mark_announced(engine, champion)
             return
         champion = found
+
+
+def _announce_canary(engine: Engine, model_name: str, tracking: str) -> None:
+    canary = latest_canary(engine, model_name)
+    while canary is not None and not canary.announced:
+        tags = {
+            "canary": f"{canary.state}, {canary.share:.0%} of the traffic" if canary.share else canary.state,
+            "canary_reason": canary.reason,
+            "canary_figures": canary.figures,
+            "canary_at": canary.changed_at,
+        }
+        try:
+            point_challenger(tracking, model_name, canary.version if canary.state == "running" else None)
+            tag_version(tracking, model_name, canary.version, tags)
+        except Exception as error:  # the row decides; the next start repairs the copy
+            reason = " ".join(str(error).split())
+            logger.warning(
+                "the canary of %s version %s is in the history only (%s)", model_name, canary.version, reason
+            )
+            return
+        mark_canary_announced(engine, canary)
+        canary = latest_canary(engine, model_name)
 
 
 def _tag_verdict(tracking: str, model_name: str, version: str, verdict: dict[str, Any]) -> None:

@@ -1,0 +1,309 @@
+"""Encoders in memory: texts to vectors, or to probabilities of labels. Knows torch, not Ray.
+
+How a sequence of token vectors becomes one vector is what sentence-transformers' files in the directory say
+(`modules.json`, `1_Pooling/config.json`, `sentence_bert_config.json`); without them it is their mean, as there. Texts
+are sorted by length and padded within batches; the padding is masked, so that a text's vector depends on its company
+only by rounding (1e-6).
+
+Axes: B texts, T positions, D width, L labels.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import ModelError
+from cluster.model_directory import Kind, read_json
+from services.endpoint.engines.scheduler import Load
+from services.endpoint.errors import invalid
+from services.endpoint.pool import Working, WorkPool
+
+_THREADS = 2
+"""Requests that are read at the same time: one prepares its texts while the other computes."""
+
+_BATCH_TOKENS = 8192
+"""Positions of a batch, padding included; bounds the memory of a request."""
+
+POOLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cls": lambda tokens_BTD, mask_BT1: tokens_BTD[:, 0],
+    "max": lambda tokens_BTD, mask_BT1: tokens_BTD.masked_fill(mask_BT1 == 0, -1e9).amax(1),
+    "mean": lambda tokens_BTD, mask_BT1: (tokens_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp_min(1e-9),
+    "mean_sqrt_len_tokens": lambda tokens_BTD, mask_BT1: (tokens_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).sqrt(),
+    "weightedmean": lambda tokens_BTD, mask_BT1: _mean(tokens_BTD, mask_BT1 * mask_BT1.cumsum(1)),
+    "lasttoken": lambda tokens_BTD, mask_BT1: tokens_BTD[
+        torch.arange(len(tokens_BTD)), mask_BT1[..., 0].sum(1).long() - 1
+    ],
+}
+"""The ways of sentence-transformers (Reimers and Gurevych, arXiv 1908.10084), in the order in which it joins them."""
+
+
+def _mean(tokens_BTD: Tensor, weights_BT1: Tensor) -> Tensor:
+    return (tokens_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp_min(1e-9)
+
+
+class EncoderModel:
+    """An encoder that answers. Safe to use from several threads; holds no state between requests."""
+
+    def __init__(self, directory: Path, kind: Kind, max_context_tokens: int, max_admitted: int = 48) -> None:
+        """Loads a directory and reads one token to see that it works.
+
+        Args:
+            max_admitted: requests that are read or wait; one more is refused.
+
+        Raises:
+            ModelError: the directory cannot be served; the message says why.
+        """
+        from transformers import AutoTokenizer
+
+        self.kind, self.scheme = kind, "float"
+        config = read_json(directory / "config.json")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{directory.name}: no tokenizer could be loaded ({error})") from error
+        # A limit saved with the tokenizer would cut long texts without a word.
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
+        self._pad_id = self.tokenizer.pad_token_id or 0
+        self._vocabulary_size = len(self.tokenizer)
+        self._prepare, self._prefix = _text_preparation(directory)
+        self.max_context_tokens = min([max_context_tokens, *_limits(directory, config, self.tokenizer)])
+        self._matryoshka = config.get("matryoshka_dimensions") or bool(config.get("is_matryoshka"))
+        if kind == "classifications":
+            self.labels, self._to_probabilities = _labels(config)
+            self._pooled: Callable[[Tensor, Tensor], Tensor] | None = None
+            self._normalise = False
+        else:
+            self.labels = []
+            self._pooled, self._normalise = _pooling(directory)
+        self._model = _load(directory, kind)
+        self._work = WorkPool(_THREADS, max(0, max_admitted - _THREADS))
+        self.dimensions = int(self._run([[self._pad_id]], lambda: False)[0].numel())
+        if self.labels and len(self.labels) != self.dimensions:
+            raise ModelError(f"{directory.name}: {len(self.labels)} labels in config.json, {self.dimensions} outputs")
+
+    @property
+    def load(self) -> Load:
+        """What is running and waiting now."""
+        running = min(_THREADS, self._work.num_admitted)
+        return Load(running, self._work.num_admitted - running, 0)
+
+    def start(self, work: Callable[[Callable[[], bool]], Iterator[str]]) -> Working[str]:
+        """Queues work with this model (`pool.WorkPool.start`)."""
+        return self._work.start(work)
+
+    def encode(self, given: str | list[int], truncate: bool, param: str = "input") -> list[int]:
+        """Token ids of a text, special tokens included; ids that are given are read as they are.
+
+        Raises:
+            ApiError: an id that is not in the vocabulary, no tokens, or more than the model reads.
+        """
+        if isinstance(given, list):
+            wrong = next((token_id for token_id in given if token_id >= self._vocabulary_size), None)
+            if wrong is not None:
+                raise invalid(f"token id {wrong} is not below {self._vocabulary_size}", param, "invalid_value")
+            token_ids = given
+        else:
+            token_ids = self.tokenizer.encode(self._prepare(self._prefix + given))
+        if not token_ids:
+            raise invalid("A text has no tokens", param, "invalid_value")
+        limit = self.max_context_tokens
+        if len(token_ids) <= limit:
+            return token_ids
+        if not truncate:
+            raise invalid(
+                f"This model reads {limit} tokens at most, a text has {len(token_ids)}; shorten it, or set "
+                "truncate: true",
+                param,
+                "context_length_exceeded",
+            )
+        if isinstance(given, list):
+            return token_ids[:limit]
+        return self._cut(token_ids, limit)
+
+    def _cut(self, token_ids: list[int], limit: int) -> list[int]:
+        """The first tokens of a text, with the special tokens that stand behind every text still behind it."""
+        special = set(self.tokenizer.all_special_ids)
+        tail: list[int] = []
+        while token_ids and token_ids[-1] in special and len(tail) < limit - 1:
+            tail.insert(0, token_ids[-1])
+            token_ids = token_ids[:-1]
+        return token_ids[: limit - len(tail)] + tail
+
+    def check_dimensions(self, dimensions: int | None) -> None:
+        """Raises `ApiError` if the model has no embeddings of this length."""
+        if dimensions is None or dimensions == self.dimensions:
+            return
+        allowed = self._matryoshka if isinstance(self._matryoshka, list) else None
+        if not self._matryoshka or dimensions > self.dimensions or (allowed and dimensions not in allowed):
+            raise invalid(
+                f"This model's embeddings have {self.dimensions} dimensions; asked for {dimensions}"
+                + (f"; others: {', '.join(map(str, allowed))}" if allowed else ""),
+                "dimensions",
+                "invalid_value",
+            )
+
+    def embed(
+        self, texts: list[list[int]], cancelled: Callable[[], bool], dimensions: int | None = None
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Vectors [B, D] in float32 of token ids that passed `encode`, of unit length if the directory says so."""
+        vectors_BD = self._run(texts, cancelled)
+        if dimensions is not None:
+            vectors_BD = vectors_BD[:, :dimensions]
+        if self._normalise or (dimensions is not None and dimensions != self.dimensions):
+            vectors_BD = nn.functional.normalize(vectors_BD, dim=-1)
+        return vectors_BD.numpy()
+
+    def classify(self, texts: list[list[int]], cancelled: Callable[[], bool]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Probabilities [B, L] of the labels, of token ids that passed `encode`."""
+        return self._to_probabilities(self._run(texts, cancelled)).numpy()
+
+    @torch.inference_mode()
+    def _run(self, texts: list[list[int]], cancelled: Callable[[], bool]) -> Tensor:
+        """The model's outputs [B, D] or [B, L], in the order of the texts; ends early, with zeros, if cancelled."""
+        outputs: dict[int, Tensor] = {}
+        for places in batches([len(text) for text in texts], _BATCH_TOKENS):
+            if cancelled():
+                return torch.zeros(len(texts), 1)
+            longest = max(len(texts[place]) for place in places)
+            ids_BT = torch.full((len(places), longest), self._pad_id)
+            mask_BT = torch.zeros(len(places), longest, dtype=torch.long)
+            for row, place in enumerate(places):
+                ids_BT[row, : len(texts[place])] = torch.tensor(texts[place])
+                mask_BT[row, : len(texts[place])] = 1
+            output = self._model(input_ids=ids_BT, attention_mask=mask_BT)
+            if self._pooled is None:
+                found = output.logits.float()
+            else:
+                found = self._pooled(output.last_hidden_state.float(), mask_BT[..., None].float())
+            if not torch.isfinite(found).all():
+                raise ModelError("the model gave a value that is not a finite number; serve another version")
+            outputs.update(zip(places, found, strict=True))
+        return torch.stack([outputs[place] for place in range(len(texts))])
+
+
+def batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
+    """Places of texts, the long ones first, in batches whose padded size is at most `max_tokens`; at least one text."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+# --- what the directory says ------------------------------------------------------------------------------------------
+
+
+def _load(directory: Path, kind: Kind) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    loader = AutoModelForSequenceClassification if kind == "classifications" else AutoModel
+    try:
+        loaded, report = loader.from_pretrained(
+            str(directory), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{directory.name}: cannot be loaded as an encoder ({reason})") from error
+    # The pooler is a layer of BERT's that neither way of use reads, except by a classifier.
+    missing = sorted(key for key in report["missing_keys"] if kind == "classifications" or "pooler." not in key)
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(f"{directory.name}: {type(loaded).__name__} needs weights that are not there: {shown}")
+    return loaded.eval()
+
+
+def _labels(config: dict[str, Any]) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+    """A classifier's labels by output, and how logits become probabilities."""
+    if config.get("problem_type") == "regression":
+        raise ModelError("config.json says problem_type=regression: such a model has no labels to choose among")
+    names = config.get("id2label") or {str(number): f"LABEL_{number}" for number in range(config.get("num_labels", 2))}
+    labels = [str(names[key]) for key in sorted(names, key=int)]
+    if config.get("problem_type") == "multi_label_classification" or len(labels) == 1:
+        return labels, torch.sigmoid
+    return labels, lambda logits_BL: torch.softmax(logits_BL, dim=-1)
+
+
+def _pooling(directory: Path) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:
+    """How token vectors become one, and whether it is then brought to unit length."""
+    modules = _modules(directory)
+    normalise, ways, pooled = False, ["mean"], False
+    for module in modules:
+        kind = str(module.get("type", "")).rpartition(".")[2]
+        if kind == "Pooling":
+            ways, pooled = _ways(read_json(directory / str(module.get("path", "")) / "config.json")), True
+        elif kind == "Normalize":
+            normalise = True
+        elif kind != "Transformer" or module.get("path"):
+            raise ModelError(
+                f"{directory.name}: modules.json names a module {kind} in {module.get('path')!r}; served are "
+                "Transformer (in the directory itself), Pooling and Normalize"
+            )
+    if modules and not pooled:
+        raise ModelError(f"{directory.name}: modules.json names no Pooling, so there is no vector for a text")
+    return lambda tokens_BTD, mask_BT1: torch.cat([POOLING[way](tokens_BTD, mask_BT1) for way in ways], -1), normalise
+
+
+def _ways(config: dict[str, Any]) -> list[str]:
+    named = config.get("pooling_mode")
+    if named is None:  # as it was written until sentence-transformers 5
+        names = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "weightedmean": "weightedmean_tokens"}
+        named = [way for way in POOLING if config.get(f"pooling_mode_{names.get(way, way)}")]
+    ways = [named] if isinstance(named, str) else list(named)
+    if unknown := [str(way) for way in ways if way not in POOLING]:
+        raise ModelError(f"the pooling config asks for {', '.join(unknown)}; known: {', '.join(POOLING)}")
+    if config.get("include_prompt") is False:
+        raise ModelError("the pooling config leaves the prompt out (include_prompt: false), which is not supported")
+    return ways or ["mean"]
+
+
+def _modules(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "modules.json"
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"model file {path}: not valid JSON ({error})") from error
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise ModelError(f"model file {path}: expected a list of modules")
+    return found
+
+
+def _sentence_config(directory: Path) -> dict[str, Any]:
+    """`sentence_bert_config.json`, by whatever family it is named."""
+    return next((read_json(path) for path in sorted(directory.glob("sentence_*_config.json"))), {})
+
+
+def _text_preparation(directory: Path) -> tuple[Callable[[str], str], str]:
+    """What is done to a text before it is tokenised, and what is put in front of it."""
+    if not _modules(directory):
+        return lambda text: text, ""
+    prompts = read_json(directory / "config_sentence_transformers.json")
+    prefix = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name") or "", "")
+    if _sentence_config(directory).get("do_lower_case"):
+        return str.lower, prefix
+    return lambda text: text, prefix
+
+
+def _limits(directory: Path, config: dict[str, Any], tokenizer: Any) -> list[int]:
+    """Every limit of a text's length that the directory names."""
+    limit = _sentence_config(directory).get("max_seq_length")
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and config.get("model_type") in _OFFSET_POSITIONS:
+        positions -= int(config.get("pad_token_id") or 0) + 1
+    found = [limit, positions, getattr(tokenizer, "model_max_length", None)]
+    return [value for value in found if isinstance(value, int) and 0 < value < 10**9]
+
+
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "mpnet"}
+"""Families that number positions from behind the padding's id, so that the table holds fewer texts than rows."""

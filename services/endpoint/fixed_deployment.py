@@ -1,0 +1,60 @@
+"""The Ray Serve application around one plain directory; `deployment.py` is the one that follows a champion.
+
+serve run services.endpoint.fixed_deployment:app model_name=NAME directory=/absolute/directory
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from cluster.api_keys import is_loopback
+from cluster.config import validate
+from cluster.errors import ConfigError
+from cluster.logs import setup_logging
+from cluster.resources import process_environment, threads_each
+from services.endpoint.api import build_api
+from services.endpoint.fixed import FixedModel
+from services.endpoint.schema import DirectoryArguments
+
+_UNCOUNTED_REQUESTS = 64
+"""Room above the decoding queue for health checks, lists, and requests on their way to a refusal."""
+
+
+@serve.deployment(graceful_shutdown_timeout_s=60)
+@serve.ingress()
+class DirectoryEndpoint:
+    """A replica: the directory's model, threads that compute, and the HTTP interface."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        import torch
+
+        setup_logging("INFO")
+        self._arguments = DirectoryArguments.model_validate(arguments)
+        torch.set_num_threads(self._arguments.threads_per_replica or threads_each(self._arguments.replicas))
+        self._model = FixedModel(self._arguments)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve once the constructor is done."""
+        return build_api(self._arguments, self._model)
+
+
+def app(args: dict[str, Any]) -> Application:
+    """Builds the application from `model_name`, `directory` and the fields of `EndpointConfig`.
+
+    Raises:
+        ConfigError: an argument is missing, unknown or out of range, or the address is public.
+    """
+    arguments = validate(DirectoryArguments, args, "of the endpoint")
+    if not is_loopback(arguments.host):
+        raise ConfigError(
+            f"host {arguments.host}: other machines reach this address, and a plain directory has no API keys: listen "
+            "on 127.0.0.1, or register the model and serve it with a config"
+        )
+    deployment = DirectoryEndpoint.options(  # type: ignore[attr-defined]  # the decorator makes it a Deployment
+        num_replicas=arguments.replicas,
+        max_ongoing_requests=arguments.max_running + arguments.max_waiting + _UNCOUNTED_REQUESTS,
+        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": process_environment()}},
+    )
+    return deployment.bind(arguments.model_dump())

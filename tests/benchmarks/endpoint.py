@@ -1,0 +1,236 @@
+"""The endpoint over HTTP against `transformers serve`: `python -m tests.benchmarks.endpoint`.
+
+Ours is a replica on Ray Serve behind its proxy. transformers serves the same directory as it comes and with
+`--continuous-batching`; with `--llama-cpp DIRECTORY`, llama.cpp's `llama-server` serves the same weights as GGUF. All
+servers are up at the same time and one is asked at a time, in turns, by one client: 1 stream, then 16 at once, each of
+64 tokens behind a prompt of about 32, greedily. The whole of a stream counts, its first token included.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.resources import physical_cores
+from tests import tiny
+from tests.benchmarks.engines import NEW_TOKENS, save_random, save_smollm2
+from tests.benchmarks.sides import OUR_SETTINGS, arguments, show
+
+OURS, PLAIN, BATCHING, LLAMA = (
+    "raystill",
+    "transformers serve",
+    "transformers serve, continuous batching",
+    "llama-server",
+)
+STREAMS = (1, 16)
+MODEL = "student"
+
+
+@dataclass
+class Server:
+    """A server that is up, and what was measured of it by number of streams."""
+
+    name: str
+    port: int
+    model: str
+    seconds: dict[int, list[float]] = field(default_factory=lambda: {count: [] for count in STREAMS})
+    first_s: dict[int, list[float]] = field(default_factory=lambda: {count: [] for count in STREAMS})
+
+    def ms_per_token(self) -> float:
+        return statistics.median(self.seconds[1]) / NEW_TOKENS * 1000
+
+    def tokens_per_s(self) -> float:
+        return 16 * NEW_TOKENS / statistics.median(self.seconds[16])
+
+
+# --- the client ------------------------------------------------------------------------------------------------------
+
+
+async def ask(server: Server, prompt: str) -> float:
+    """One stream to its end; returns the seconds to its first text.
+
+    Raises:
+        RuntimeError: another number of tokens than asked for, or no stream.
+    """
+    body = {"model": server.model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
+    if server.name in (OURS, LLAMA):
+        body["stream_options"] = {"include_usage": True}
+    if server.name == LLAMA:
+        body["cache_prompt"] = False
+    data = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    started = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1 << 20)
+    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    received, first_s = bytearray(), None
+    while part := await reader.read(1 << 16):
+        received += part
+        if first_s is None and b"data: " in received:
+            first_s = time.perf_counter() - started
+    writer.close()
+    lines = [line[6:] for line in received.split(b"\n") if line.startswith(b"data: {")]
+    usages = [usage for line in lines if (usage := json.loads(line).get("usage"))]
+    if first_s is None or not usages or usages[-1]["completion_tokens"] != NEW_TOKENS:
+        raise RuntimeError(f"{server.name}: {bytes(received[-500:])!r}")
+    return first_s
+
+
+async def measure(server: Server, streams: int, turn: int) -> None:
+    """One turn: so many streams at once, each with a text of its own."""
+    prompts = [" ".join(tiny.sentences(5, seed=1000 * turn + number))[:90] for number in range(streams)]
+    started = time.perf_counter()
+    firsts = await asyncio.gather(*(ask(server, prompt) for prompt in prompts))
+    server.seconds[streams].append(time.perf_counter() - started)
+    server.first_s[streams].append(statistics.median(firsts))
+
+
+# --- the servers -----------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(name: str, directory: Path, llama_cpp: str | None, work: Path) -> Iterator[Server]:
+    """A server in a process of its own; returns when it answers."""
+    port = free_port()
+    environment = {key: value for key, value in os.environ.items() if key not in OUR_SETTINGS}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(physical_cores())}
+    path, model = "/health", str(directory)
+    if name == OURS:
+        command = [sys.executable, "-m", "tests.benchmarks.endpoint", "--serve", f"{directory}:{work}:{port}"]
+        path, model = "/healthz", MODEL
+    elif name == LLAMA:
+        from tests.benchmarks.gguf_files import write_gguf
+
+        file = work / "model.gguf"
+        write_gguf(directory, file, getattr(torch, json.loads((directory / "config.json").read_text())["dtype"]))
+        command = [f"{llama_cpp}/llama-server", "-m", str(file), "--port", str(port), "-np", "16", "-c", "16384"]
+        command += ["-t", str(physical_cores()), "--no-webui"]
+    else:
+        program = Path(sys.executable).parent / "transformers"
+        command = [str(program), "serve", str(directory), "--port", str(port), "--device", "cpu", "--dtype", "auto"]
+        if name == BATCHING:
+            command += ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "512"]
+    with (work / f"{port}.log").open("w+") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 180
+            while not _answers(f"http://127.0.0.1:{port}{path}"):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise RuntimeError(f"{name} does not answer: {log.read()[-2000:]}")
+                time.sleep(0.5)
+            yield Server(name, port, model)
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+def serve(directory: Path, work: Path, port: int) -> None:
+    """Our endpoint with the model of a directory as its champion, until it is interrupted."""
+    from cluster.connection import ClusterConfig, connect
+    from cluster.published import manifest_sha256, publish_directory
+    from cluster.storage import open_storage
+    from services.endpoint.client import start_endpoint
+    from services.endpoint.schema import EndpointConfig
+    from tests.endpoint_models import crown_version
+
+    storage, database = open_storage(str(work / "storage")), f"sqlite:///{work}/champions.db"
+    manifest = publish_directory(directory, storage, "versions/1", scheme="float")
+    crown_version(database, MODEL, "1", f"{storage.uri}/versions/1", manifest_sha256(manifest))
+    with connect(ClusterConfig(num_cpus=4, object_store_mb=80)):
+        start_endpoint(EndpointConfig(port=port), MODEL, database, timeout_s=150, blocking=True)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def compare(directory: Path, names: list[str], repeats: int, llama_cpp: str | None) -> list[Server]:
+    """All servers, measured in turns, the order turned round every time."""
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for name in names:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raystill-bench-")))
+            servers.append(stack.enter_context(running(name, directory, llama_cpp, work)))
+        for turn in range(repeats + 1):
+            for server in servers if turn % 2 else servers[::-1]:
+                for streams in STREAMS:
+                    asyncio.run(measure(server, streams, turn))
+        for server in servers:
+            for times in (*server.seconds.values(), *server.first_s.values()):
+                del times[0]  # the turn that warms up
+        return servers
+
+
+def main() -> None:
+    def own(parser: Any) -> None:
+        parser.add_argument("--llama-cpp", help="directory with llama.cpp's programs")
+        parser.add_argument("--serve", help="DIRECTORY:WORK:PORT, for the process that serves ours")
+
+    options = arguments(__doc__ or "", own)
+    if options.serve:
+        directory, work, port = options.serve.split(":")
+        serve(Path(directory), Path(work), int(port))
+        return
+    names = [OURS, PLAIN, BATCHING, *([LLAMA] if options.llama_cpp else [])]
+    models = [("Llama 8 x 512", save_random), *([] if options.quick else [("SmolLM2-135M", save_smollm2)])]
+    rows, result = [], {}
+    for title, save in models:
+        for dtype in (torch.float32,) if options.quick else (torch.float32, torch.bfloat16):
+            with tempfile.TemporaryDirectory(prefix="raystill-bench-") as name:
+                servers = compare(save(Path(name), dtype), names, options.repeats or 5, options.llama_cpp)
+            label = f"{title}, {str(dtype).removeprefix('torch.')}"
+            for server in servers:
+                firsts = [f"{statistics.median(server.first_s[count]) * 1000:,.0f}" for count in STREAMS]
+                figures = [f"{server.ms_per_token():.1f}", firsts[0], f"{server.tokens_per_s():,.0f}", firsts[1]]
+                rows.append([f"{label}: {server.name}", *figures])
+            result[label] = _ratios({server.name: server for server in servers})
+    first = next(iter(result.values()))
+    columns = ["server", "1 stream: ms/token", "first ms", "16 streams: tokens/s", "first ms"]
+    show(f"Streams of {NEW_TOKENS} tokens over HTTP (medians)", columns, rows, {**first, "by_model": result})
+
+
+def _ratios(servers: dict[str, Server]) -> dict[str, float]:
+    """Ours beside transformers at its better setting for each figure, and beside llama.cpp."""
+    ours, peers = servers[OURS], [servers[PLAIN], servers[BATCHING]]
+    found = {
+        "throughput_ratio_16": ours.tokens_per_s() / max(peer.tokens_per_s() for peer in peers),
+        "latency_ratio_1": ours.ms_per_token() / min(peer.ms_per_token() for peer in peers),
+    }
+    if LLAMA in servers:
+        found["throughput_ratio_16_llama_cpp"] = ours.tokens_per_s() / servers[LLAMA].tokens_per_s()
+        found["latency_ratio_1_llama_cpp"] = ours.ms_per_token() / servers[LLAMA].ms_per_token()
+    return found
+
+
+if __name__ == "__main__":
+    main()

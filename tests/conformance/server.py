@@ -1,0 +1,86 @@
+"""The endpoint's HTTP interface on a real port of this process, around tiny models, so that real clients connect.
+
+What Ray Serve's proxy adds to every answer (the `x-request-id`) is added here by the same class of Ray's.
+"""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from services.endpoint.api import build_api
+from services.endpoint.fixed import FixedModel
+from services.endpoint.schema import DirectoryArguments
+
+
+@dataclass
+class Endpoint:
+    """A running endpoint, and what a test may look at behind it."""
+
+    url: str
+    name: str
+    fixed: FixedModel
+    arguments: DirectoryArguments
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def model(self) -> Any:
+        assert self.fixed.served is not None
+        return self.fixed.served.model
+
+    @property
+    def num_admitted(self) -> int:
+        """Requests that run or wait."""
+        return self.model.load.running + self.model.load.waiting
+
+    def set_full(self, full: bool) -> None:
+        """Lets the model take no request at all, or as many as it was made for."""
+        most = (0, 0) if full else (self.arguments.max_running, self.arguments.max_waiting)
+        scheduler = self.model._scheduler
+        scheduler._capacity = replace(scheduler._capacity, max_running=most[0], max_waiting=most[1])
+
+    def wait_idle(self, timeout_s: float = 10) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self.num_admitted:
+            assert time.monotonic() < deadline, "work goes on that nobody waits for"
+            time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def endpoint(name: str, directory: Path, **fields: Any) -> Iterator[Endpoint]:
+    """Serves a model directory; `fields` are those of `EndpointConfig`."""
+    from ray.serve._private.http_util import RequestIdMiddleware
+
+    arguments = DirectoryArguments(model_name=name, directory=str(directory), **fields)
+    fixed = FixedModel(arguments)
+    with serving(RequestIdMiddleware(build_api(arguments, fixed))) as url:
+        yield Endpoint(url, name, fixed, arguments)
+
+
+@contextlib.contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """Runs an ASGI application on a free port of 127.0.0.1; gives its base URL."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=20)
+            assert not thread.is_alive()

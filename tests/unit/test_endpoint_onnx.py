@@ -1,0 +1,132 @@
+"""ONNX graphs with a cache: sequences that share a run, leave it, and come back get what they would get alone."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from cluster.errors import ModelError
+from services.endpoint.engines.base import Place, Read
+from services.endpoint.engines.onnx import CachedEngine, open_session
+
+VOCABULARY = 11
+
+
+def save_summing_graph(path: Path, table_VV: np.ndarray, outputs: tuple[str, ...] = ("key", "value")) -> None:
+    """Logits behind the last token: its row of the table, plus all token ids read so far (keys) and three times their
+    sum (values), as far as the mask calls them real."""
+    ids, positions, mask = (
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["B", length])
+        for name, length in (("input_ids", "T"), ("position_ids", "T"), ("attention_mask", "S"))
+    )
+    shape = ["B", 1, "P", 1]
+    pasts = [
+        helper.make_tensor_value_info(f"past_key_values.0.{part}", TensorProto.FLOAT, shape)
+        for part in ("key", "value")
+    ]
+    found = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", "T", VOCABULARY])]
+    found += [
+        helper.make_tensor_value_info(f"present.0.{part}", TensorProto.FLOAT, ["B", 1, "S", 1]) for part in outputs
+    ]
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
+        helper.make_node("Cast", ["input_ids"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["floats", "heads_and_width"], ["new_key"]),
+        helper.make_node("Mul", ["new_key", "three"], ["new_value"]),
+        helper.make_node("Concat", ["past_key_values.0.key", "new_key"], ["present.0.key"], axis=2),
+        helper.make_node("Concat", ["past_key_values.0.value", "new_value"], ["present.0.value"], axis=2),
+        helper.make_node("Cast", ["attention_mask"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["real", "heads_and_width"], ["real_columns"]),
+        helper.make_node("Add", ["present.0.key", "present.0.value"], ["both"]),
+        helper.make_node("Mul", ["both", "real_columns"], ["counted"]),
+        helper.make_node("ReduceSum", ["counted", "columns"], ["sums"], keepdims=0),
+        helper.make_node("Add", ["rows", "sums"], ["with_sums"]),
+        helper.make_node("Cast", ["position_ids"], ["places"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["places", "last"], ["places_1"]),
+        helper.make_node("Add", ["with_sums", "places_1"], ["logits"]),
+    ]
+    constants = [
+        helper.make_tensor("table", TensorProto.FLOAT, table_VV.shape, table_VV.flatten()),
+        helper.make_tensor("heads_and_width", TensorProto.INT64, [2], [1, 3]),
+        helper.make_tensor("columns", TensorProto.INT64, [1], [2]),
+        helper.make_tensor("last", TensorProto.INT64, [1], [2]),
+        helper.make_tensor("three", TensorProto.FLOAT, [1], [3.0]),
+    ]
+    graph = helper.make_graph(nodes, "sums", [ids, positions, mask, *pasts], found, constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+
+
+@pytest.fixture(scope="module")
+def table() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(VOCABULARY, VOCABULARY)).astype(np.float32)
+
+
+@pytest.fixture
+def engine(tmp_path: Path, table: np.ndarray) -> CachedEngine:
+    save_summing_graph(tmp_path / "model.onnx", table)
+    return CachedEngine(open_session(tmp_path / "model.onnx"), 200)
+
+
+def reserved(engine: CachedEngine, num_tokens: int = 40) -> Place:
+    place = engine.reserve(num_tokens)
+    assert place is not None
+    return place
+
+
+def test_sequences_of_any_length_join_leave_and_fork(engine: CachedEngine, table: np.ndarray) -> None:
+    read: dict[Place, list[int]] = {}
+    runs = 0
+    run = engine._run
+
+    def counted(*arguments: object) -> object:
+        nonlocal runs
+        runs += 1
+        return run(*arguments)  # type: ignore[arg-type]
+
+    engine._run = counted  # type: ignore[method-assign,assignment]
+
+    def step(*parts: tuple[Place, list[int]]) -> None:
+        rows = engine.forward([Read(place, token_ids) for place, token_ids in parts])
+        for row, (place, token_ids) in zip(rows, parts, strict=True):
+            read.setdefault(place, []).extend(token_ids)
+            expected = table[token_ids[-1]] + 4 * sum(read[place]) + len(read[place]) - 1
+            assert torch.allclose(row, torch.from_numpy(expected), atol=1e-4)
+            assert place.length == len(read[place])
+
+    first, second, third = (reserved(engine) for _ in range(3))
+    step((first, [1, 2, 3]), (second, [4, 5, 6, 7]))
+    runs = 0
+    for token in (8, 9):
+        step((first, [token]), (second, [token + 1]))
+    assert runs == 2, "two sequences of like lengths share a run"
+    step((first, [1]), (third, [2] * 5), (second, [3]))
+    for token in range(4):
+        step((second, [token]), (third, [token]), (first, [token]))
+    engine.release(second)
+    step((third, [5]), (first, [6]))
+    copied = reserved(engine)
+    assert engine.fork(copied, third, 5)
+    read[copied] = read[third][:5]
+    step((copied, [7]), (third, [8]), (first, [9]))
+    # One that is much longer than the others does not make them pay for it.
+    long = reserved(engine, 60)
+    step((long, [1] * 55))
+    runs = 0
+    step((long, [3]), (copied, [4]), (third, [5]), (first, [6]))
+    assert runs == 4
+
+
+def test_places_are_counted_in_tokens(engine: CachedEngine) -> None:
+    places = [reserved(engine, 90), reserved(engine, 110)]
+    assert engine.reserve(1) is None
+    engine.release(places[0])
+    assert engine.reserve(90) is not None
+
+
+def test_graph_without_a_matching_output_is_refused(tmp_path: Path, table: np.ndarray) -> None:
+    save_summing_graph(tmp_path / "model.onnx", table, outputs=("key",))
+    with pytest.raises(ModelError, match=r"no output present\.0\.value"):
+        CachedEngine(open_session(tmp_path / "model.onnx"), 200)
