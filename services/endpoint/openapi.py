@@ -43,7 +43,7 @@ ERRORS = {
 }
 """Statuses with the error record as their body."""
 
-_EVENTS = "Server-sent events: one `data:` line with a chunk each, at last `data: [DONE]`"
+_EVENTS = "Server-sent events: a chunk each, or an error, which ends the stream; at last `[DONE]`"
 
 
 class ErrorDetail(BaseModel):
@@ -123,7 +123,11 @@ def _operation(
 ) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _reference(whole)}}
     if chunk is not None:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": f"{_EVENTS}: {chunk.__name__}"}}
+        json = {"type": "string", "contentMediaType": "application/json"}
+        forms = [{**json, "contentSchema": _reference(model)} for model in (chunk, ErrorEnvelope)]
+        event = {"data": {"anyOf": [*forms, {"const": "[DONE]"}]}}
+        schema = {"type": "object", "description": _EVENTS, "required": ["data"], "properties": event}
+        content["text/event-stream"] = {"schema": schema}
     responses: dict[str, Any] = {"200": {"description": summary, "content": content}}
     for status, description in ERRORS.items():
         if request is not None or status not in (400, 408, 413, 415):

@@ -3,8 +3,11 @@
 import gc
 import json
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -228,3 +231,25 @@ def parts_of(value: Any) -> list[dict[str, Any]]:
     found = [value] if isinstance(value, dict) else []
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     return found + [part for child in children for part in parts_of(child)]
+
+
+@pytest.mark.parametrize("kind", ["tiny", "encoder", "classifier"])
+def test_47_generated_requests_find_nothing(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """A small form of `schemathesis run URL/openapi.json --mode all -n 200`, with requests right and wrong.
+
+    That what the schema allows is always accepted is not asked for: it cannot say how many tokens a text has.
+    """
+    running: Endpoint = request.getfixturevalue(kind)
+    paths = {"tiny": ["/v1/completions", "/v1/chat/completions"], "encoder": ["/v1/embeddings"]}
+    included = [part for path in paths.get(kind, ["/v1/classifications"]) for part in ("--include-path", path)]
+    options = ["--mode", "all", "-n", "10", "--phases", "fuzzing", "--seed", "1", "--generation-database", "none"]
+    checks = ["--exclude-checks", "positive_data_acceptance", "--suppress-health-check", "all", "--no-color"]
+    program = str(Path(sys.executable).parent / "schemathesis")
+    done = subprocess.run(
+        [program, "run", f"{running.url}/openapi.json", *included, *options, *checks],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    running.wait_idle()

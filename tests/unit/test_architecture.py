@@ -26,6 +26,12 @@ LIGHT = sorted(
     | {"cluster.connection", "cluster.pretrained", "cluster.tracking", "cluster.champions"}
     | {"cluster.promotions", "cluster.processes", "cluster.registry", "cluster.names", "jobs.gate", "jobs.rollback"}
     | {"jobs.config", "jobs.ledger", "jobs.training.plan", "jobs.training.choice", "jobs.training.objective"}
+    | {
+        "cluster.model_directory",
+        "services.endpoint.encoder_schema",
+        "services.endpoint.openapi",
+        "jobs.serve_directory",
+    }
     | {"jobs.__main__", "jobs.evaluating.compression", "jobs.evaluating.questions"}
     | {"cluster.canaries", "cluster.crowning"}
     | {f"services.endpoint.{name}" for name in ("canary", "following", "supervisor", "traffic")}
@@ -44,6 +50,7 @@ NUMERIC = sorted(
     | {name for name in MODULES if name.startswith("jobs.training.targets")}
     | {"services.teacher.scoring", "services.teacher.model", "services.endpoint.model", "services.endpoint.decoding"}
     | {name for name in MODULES if name.startswith("services.endpoint.engines")}
+    | {"services.endpoint.encoders"}
 )
 """These know torch and not Ray, not even inside a function."""
 COMMANDS = [item.name or item.callback.__name__ for item in app.registered_commands]
