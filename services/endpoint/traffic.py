@@ -7,8 +7,7 @@ digest salts the hash, so that it is not always the same users who try what is n
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from services.endpoint.errors import ApiError
 
@@ -52,8 +51,6 @@ class RoutingTable:
     """No replica of the champion runs, and none has for a while: a request would only wait."""
     problem: str | None = "the endpoint is starting"
     """Why the champion of the database is not what serves; None when all is well."""
-    canary: dict[str, Any] | None = field(default=None, compare=False)
-    """What is said of the canary, for people."""
 
     def routes(self) -> list[Route]:
         return [route for route in (self.champion, self.challenger) if route is not None]

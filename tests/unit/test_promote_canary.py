@@ -77,6 +77,11 @@ def test_promotion_with_a_canary_makes_a_challenger_and_the_first_version_champi
     assert aliases(model) == {"champion": "1", "challenger": "2"}
 
 
+def test_canary_does_not_decide_what_a_run_produces(config):
+    assert config(CANARY) != config()
+    assert config(CANARY).identity() == config().identity()
+
+
 def test_canary_that_failed_is_not_tried_again_unless_forced(config, model):
     promoted(config(CANARY), "1")
     promote_version(config(CANARY), "2", force=False)
