@@ -87,7 +87,8 @@ def _load(options: dict[str, Any], dtype: torch.dtype) -> Any:
 def _raystill(options: dict[str, Any], prompts: list[list[int]], dtype: torch.dtype) -> Callable[[], None]:
     from services.endpoint.engines.loading import load_engine
 
-    return scheduled(load_engine(Path(options["directory"]), "float", str(dtype).removeprefix("torch."), 8192), prompts)
+    directory = Path(options["directory"])
+    return scheduled(load_engine(directory, "float", str(dtype).removeprefix("torch."), 8192), directory, prompts)
 
 
 def _onnx(options: dict[str, Any], prompts: list[list[int]], dtype: torch.dtype) -> Callable[[], None]:

@@ -156,6 +156,12 @@ def check_engine(engine: Engine, plain: Any, vocabulary: int) -> None:
 # --- memory and admission --------------------------------------------------------------------------------------------
 
 
+def test_memory_for_a_single_sequence_is_enough_to_load_a_model() -> None:
+    engine = torch_engine(tiny.model("llama"), 8)
+    assert isinstance(engine, RaggedEngine)
+    assert engine.max_cached_tokens == UNIT
+
+
 def test_places_are_taken_in_units_and_given_back() -> None:
     engine = RaggedEngine(tiny.model("llama"), 4 * UNIT)
     first, second, third = engine.reserve(UNIT), engine.reserve(UNIT + 1), engine.reserve(5)

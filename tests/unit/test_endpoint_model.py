@@ -206,6 +206,10 @@ def test_int8_version_scores_like_the_quantised_model(directory: Path, tmp_path:
     rows = range(len(token_ids) - 1)
     assert np.abs(found - of_quantised[rows, token_ids[1:]].numpy()).max() < 1e-4
     assert np.abs(found - of_float[rows, token_ids[1:]].numpy()).max() > 1e-4
+    half = ServedModel(tmp_path, 480, 300, dtype="bfloat16")
+    piece = answer(half, token_ids, Sampling(4, temperature=0, top_logprobs=0, echo=True))[0]
+    in_half = np.array([token.logprob for token in piece.tokens[1 : len(token_ids)]])
+    assert 1e-4 < np.abs(in_half - of_quantised[rows, token_ids[1:]].numpy()).max() < 0.5
 
 
 def save_bigram_onnx(path: Path, table_VV: np.ndarray) -> None:

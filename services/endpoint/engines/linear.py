@@ -3,8 +3,8 @@
 A decoding step multiplies every weight with one row for each sequence. On an AMD EPYC with AVX-512 BF16, one thread, a
 Llama of 8 x 512 with 32,000 tokens, milliseconds of all linear layers of a step, for 1 row and for 16 rows: plain
 float32 16 and 37, packed 15 and 22; plain bfloat16 13 and 18, packed 9 and 12. The plain product takes another kernel
-for a single row than for several, and gives other last bits; the packed one does not (float32 of one row, if the inner
-size is large, is multiplied as two).
+for a single row than for several, and gives other last bits; the packed one does not, save for float32 and a large K:
+there a single row is multiplied as two.
 
 torchao multiplies int8 weights of linear layers by unpacking them for every step (55 and 118). In float32 they are
 unpacked once, into the memory of a float model; in bfloat16 one row is multiplied with the int8 weights as they are
@@ -31,15 +31,17 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = weight_NK.shape[1], weight_NK.shape[0]
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach().contiguous(), _ROWS)
         self._bias = None if bias_N is None else bias_N.detach()
-        self._splits_one_row = weight_NK.dtype == torch.float32
+        probe = torch.sin(torch.arange(2 * self.in_features, dtype=torch.float32)).view(2, -1).to(weight_NK.dtype)
+        self._one_differs = not torch.equal(self._multiply(probe[:1]), self._multiply(probe)[:1])
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        doubled = self._splits_one_row and len(rows) == 1
-        if doubled:
-            rows = rows.repeat(2, 1)
-        found = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
-        return (found[:1] if doubled else found).view(*x.shape[:-1], self.out_features)
+        doubled = self._one_differs and len(rows) == 1
+        found = self._multiply(rows.repeat(2, 1))[:1] if doubled else self._multiply(rows)
+        return found.view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
 
 
 class Int8Linear(nn.Module):

@@ -69,13 +69,13 @@ def torch_engine(model: Any, max_cached_tokens: int) -> Engine:
     token_ids = [[(7 * number + 3 * t) % vocabulary for t in range(n)] for number, n in enumerate(_PROOF_LENGTHS)]
     expected = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in token_ids]
     before = model.config._attn_implementation
-    engine = RaggedEngine(model, max_cached_tokens)
+    trial = RaggedEngine(model, len(token_ids) * ragged.UNIT)
     tolerance = _TOLERANCES[model.dtype]
-    if ragged.prove(engine, expected, token_ids, tolerance):
+    if ragged.prove(trial, expected, token_ids, tolerance):
         restore = pack(model)
-        if not ragged.prove(engine, expected, token_ids, tolerance):
+        if not ragged.prove(trial, expected, token_ids, tolerance):
             restore()
-        return engine
+        return RaggedEngine(model, max_cached_tokens)
     logger.warning("%s decodes one sequence at a time: together they would get other logits", type(model).__name__)
     model.set_attn_implementation(before)
     return SeparateEngine(model, max_cached_tokens)

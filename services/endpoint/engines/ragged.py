@@ -145,6 +145,9 @@ class _Step:
         units = [unit for _, unit, _ in short]
         self.first_unit, self.last_unit = (min(units), max(units)) if units else (0, -1)
         self.short_units = torch.tensor([unit - self.first_unit for unit in units], dtype=torch.long)
+        order = list(range(len(short)))
+        self.all_in_order = not self.chunks and units == [self.first_unit + number for number in order]
+        """Whether the pass is one common product without gaps, so that nothing has to be moved for it."""
         self.short_past = torch.tensor([past for _, _, past in short], dtype=torch.long)
         # Padding to whole chunks leaves the sums of the kernel as they are.
         self.short_columns = max((past // CHUNK + 1 for _, _, past in short), default=0) * CHUNK
@@ -158,8 +161,8 @@ class _Step:
             keys, values = (item.new_zeros(tokens, item.shape[0], item.shape[2]) for item in (key_KND, value_KND))
             self.arenas[layer] = (keys, values)
         keys, values = self.arenas[layer]
-        keys[self.columns_N] = key_KND.transpose(0, 1)
-        values[self.columns_N] = value_KND.transpose(0, 1)
+        keys.index_copy_(0, self.columns_N, key_KND.transpose(0, 1))
+        values.index_copy_(0, self.columns_N, value_KND.transpose(0, 1))
         return keys, values
 
     def short_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -223,16 +226,18 @@ def _attention(
     group = num_heads // num_kv
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output_NHD = query.new_empty(num_rows, num_heads, values_TKD.shape[2])
-
     if len(step.short_rows):
         units = slice(step.first_unit, step.last_unit + 1)
         keys, values = (
             item.view(-1, UNIT, *item.shape[1:])[units, : step.short_columns].transpose(1, 2)
             for item in (keys_TKD, values_TKD)
         )
+        mask = step.short_mask(sliding_window, query.dtype)
+        if step.all_in_order:
+            query_UKGD = query_NHD.reshape(num_rows, num_kv, group, query.shape[-1])
+            return _product(query_UKGD, keys, values, mask, scale, softcap).flatten(1, 2)[None], None
         query_UKGD = query.new_zeros(len(keys), num_kv, group, query.shape[-1])
         query_UKGD[step.short_units] = query_NHD[step.short_rows].view(-1, num_kv, group, query.shape[-1])
-        mask = step.short_mask(sliding_window, query.dtype)
         output_UKGD = _product(query_UKGD, keys, values, mask, scale, softcap)
         output_NHD[step.short_rows] = output_UKGD[step.short_units].flatten(1, 2)
 
