@@ -20,6 +20,8 @@ OPEN_PATH = "/healthz"
 """The one path that needs no key."""
 
 _ACCOUNT = "raystill.account"
+_REFUSALS = (429, 503)
+"""Answers that do not count as one of a key's requests."""
 _GRACE_S = 10.0
 _MIN_BYTES_PER_S = 16_384
 """A body has `_GRACE_S` and its length at this rate to arrive."""
@@ -43,8 +45,10 @@ class Envelope:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                limits = account.headers() if account is not None else {}
-                message["headers"] = [*message.get("headers", []), *_encoded(limits)]
+                if account is not None:
+                    if message["status"] in _REFUSALS:
+                        account.give_back_request()
+                    message["headers"] = [*message.get("headers", []), *_encoded(account.headers())]
             await send(message)
 
         try:

@@ -300,6 +300,18 @@ def test_tokens_of_a_minute_are_bounded(gated: Gated) -> None:
         assert statuses[-1] == 429
 
 
+def test_refusals_cost_no_request_and_mistakes_do(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = bearer(gated.key(requests_per_minute=10, tokens_per_minute=60))
+    name = "x-ratelimit-remaining-requests"
+    with gated.client() as client:
+        assert client.post("/v1/completions", json={**BODY, "n": -1}, headers=headers).headers[name] == "9"
+        large = client.post("/v1/completions", json={**BODY, "max_tokens": 64}, headers=headers)
+        assert (large.status_code, large.headers[name]) == (429, "9")
+        monkeypatch.setattr(gated.follower, "served", None)
+        unready = client.post("/v1/completions", json=BODY, headers=headers)
+        assert (unready.status_code, unready.headers[name]) == (503, "9")
+
+
 # --- overload and bodies ----------------------------------------------------------------------------------------------
 
 
