@@ -35,8 +35,11 @@ class Envelope:
         self._app, self._keys, self._gate = app, keys, gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # a WebSocket: nothing here speaks it, and nothing passes without a key
+            await send({"type": "websocket.close", "code": 1008})
             return
         started = False
         account: Account | None = None

@@ -13,6 +13,7 @@ import openai
 import pytest
 import torch
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from cluster.api_keys import create_key, opened_keys, revoke_key
 from cluster.errors import ConfigError
@@ -110,6 +111,11 @@ def test_everything_but_health_wants_a_key_once_there_is_one(gated: Gated) -> No
         assert client.get("/v1/models", headers=bearer(key)).status_code == 200
         assert client.post("/v1/completions", json=BODY, headers=bearer(key)).status_code == 200
         assert client.get("/nothing", headers=bearer(key)).status_code == 404
+
+
+def test_websocket_is_closed(gated: Gated) -> None:
+    with gated.client() as client, pytest.raises(WebSocketDisconnect), client.websocket_connect("/v1/models"):
+        pass
 
 
 def test_wrong_revoked_and_expired_keys_get_the_same_answer(gated: Gated) -> None:
