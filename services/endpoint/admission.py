@@ -123,6 +123,7 @@ class Account:
         self._admission, self._limits = admission, limits
         self._reserved: int | None = None
         self._used = 0
+        self._given_back = False
 
     def admit(self, model: str, body_bytes: int, max_new_tokens: int) -> None:
         """Lets a request in whose body was read and checked.
@@ -136,14 +137,9 @@ class Account:
         """
         check_model_allowed(self.key, model)
         num_tokens = body_bytes // BYTES_PER_TOKEN + max_new_tokens
-        try:
-            self._admission.check(self.key, num_tokens)
-            if self._limits is not None:
-                self._limits.take_tokens(num_tokens)
-        except ApiError:
-            if self._limits is not None:
-                self._limits.give_back_request()
-            raise
+        self._admission.check(self.key, num_tokens)
+        if self._limits is not None:
+            self._limits.take_tokens(num_tokens)
         self._admission.enter(self.key, num_tokens)
         self._reserved = num_tokens
 
@@ -158,6 +154,12 @@ class Account:
     def counted(self, work: Work[T]) -> Work[T]:
         """The same work; what passes is counted: first the number of prompt tokens, then pieces by `num_sampled`."""
         return Counted(work, self)
+
+    def give_back_request(self) -> None:
+        """Takes the request from the key's count again: its answer is a refusal. May be called twice."""
+        if self._limits is not None and not self._given_back:
+            self._limits.give_back_request()
+        self._given_back = True
 
     def close(self) -> None:
         """Gives the place back and charges what was used instead of what was reserved. May be called twice."""

@@ -21,6 +21,8 @@ OPEN_PATH = "/healthz"
 
 ACCOUNT = "raystill.account"
 """Key in the scope."""
+_REFUSALS = (429, 503)
+"""Answers that do not count as one of a key's requests."""
 _GRACE_S = 10.0
 _MIN_BYTES_PER_S = 16_384
 """A body has `_GRACE_S` and its length at this rate to arrive."""
@@ -34,8 +36,11 @@ class Envelope:
         self._app, self._keys, self._gate = app, keys, gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # a WebSocket: nothing here speaks it, and nothing passes without a key
+            await send({"type": "websocket.close", "code": 1008})
             return
         started = False
         account: Account | None = None
@@ -44,8 +49,10 @@ class Envelope:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                limits = account.headers() if account is not None else {}
-                message["headers"] = [*message.get("headers", []), *_encoded(limits)]
+                if account is not None:
+                    if message["status"] in _REFUSALS:
+                        account.give_back_request()
+                    message["headers"] = [*message.get("headers", []), *_encoded(account.headers())]
             await send(message)
 
         try:

@@ -13,6 +13,7 @@ import openai
 import pytest
 import torch
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from cluster.api_keys import create_key, opened_keys, revoke_key
 from cluster.errors import ConfigError
@@ -106,6 +107,11 @@ def test_everything_but_health_wants_a_key_once_there_is_one(gated: Gated) -> No
         assert client.get("/v1/models", headers=bearer(key)).status_code == 200
         assert client.post("/v1/completions", json=BODY, headers=bearer(key)).status_code == 200
         assert client.get("/nothing", headers=bearer(key)).status_code == 404
+
+
+def test_websocket_is_closed(gated: Gated) -> None:
+    with gated.client() as client, pytest.raises(WebSocketDisconnect), client.websocket_connect("/v1/models"):
+        pass
 
 
 def test_wrong_revoked_and_expired_keys_get_the_same_answer(gated: Gated) -> None:
@@ -294,6 +300,18 @@ def test_tokens_of_a_minute_are_bounded(gated: Gated) -> None:
         statuses = [client.post("/v1/completions", json=BODY, headers=bearer(key)).status_code for _ in range(12)]
         assert statuses[:3] == [200] * 3
         assert statuses[-1] == 429
+
+
+def test_refusals_cost_no_request_and_mistakes_do(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = bearer(gated.key(requests_per_minute=10, tokens_per_minute=60))
+    name = "x-ratelimit-remaining-requests"
+    with gated.client() as client:
+        assert client.post("/v1/completions", json={**BODY, "n": -1}, headers=headers).headers[name] == "9"
+        large = client.post("/v1/completions", json={**BODY, "max_tokens": 64}, headers=headers)
+        assert (large.status_code, large.headers[name]) == (429, "9")
+        monkeypatch.setattr(gated.follower, "served", None)
+        unready = client.post("/v1/completions", json=BODY, headers=headers)
+        assert (unready.status_code, unready.headers[name]) == (503, "9")
 
 
 # --- overload and bodies ----------------------------------------------------------------------------------------------
