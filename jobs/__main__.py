@@ -17,7 +17,9 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.arguments import AsJson, ConfigPath, Overrides
 from jobs.commands_cluster import add_cluster_commands
+from jobs.commands_keys import add_key_commands
 
 app = typer.Typer(
     name="raystill",
@@ -28,19 +30,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-keys = typer.Typer(
-    help="Make, list and revoke API keys. Once there is one, the endpoint asks for one.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-app.add_typer(keys, name="keys")
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; shipped ones are in jobs/configs/.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as train.steps=20.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
 
 
 @app.command()
@@ -259,118 +248,6 @@ def serve(
     _guard(champion if model is None else directory, False)
 
 
-@keys.command("create")
-def create_key(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    name: Annotated[str, typer.Option(metavar="TEXT", help="Who or what it is for.")] = "unnamed",
-    model: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="It may ask this registered model only; may be repeated.")
-    ] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(metavar="N")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(metavar="N", help="Of prompts and answers.")] = None,
-    expires_in: Annotated[str | None, typer.Option(metavar="TIME", help="For example 12h or 90d.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Make a key and print it; it is not stored and cannot be shown again."""
-
-    def created() -> tuple[dict[str, Any], str]:
-        from jobs.keys import create
-
-        found = create(
-            _database(config, overrides), name, tuple(model or ()), requests_per_minute, tokens_per_minute, expires_in
-        )
-        typer.echo("raystill: the key is shown this once; it works within 2 s", err=True)
-        return found, found["key"]
-
-    _answer(created, as_json)
-
-
-@keys.command("list")
-def show_keys(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show all keys, their limits and their state; never the keys themselves."""
-
-    def work() -> None:
-        from rich.console import Console
-
-        from jobs.keys import keys_table, listed
-
-        rows = listed(_database(config, overrides))
-        if as_json:
-            typer.echo(json.dumps({"keys": rows}, sort_keys=True))
-        elif rows:
-            Console().print(keys_table(rows))
-        else:
-            typer.echo("There are no API keys: the endpoint is open to this machine. `raystill keys create` makes one.")
-
-    _guard(work, as_json)
-
-
-@keys.command("revoke")
-def revoke_key(
-    config: ConfigPath,
-    key: Annotated[str, typer.Argument(metavar="ID|NAME", help="As `raystill keys list` shows it.")],
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Revoke a key; endpoints refuse it within 5 s."""
-
-    def revoked() -> tuple[dict[str, Any], str]:
-        from jobs.keys import revoke
-
-        found = revoke(_database(config, overrides), key)
-        return found, f"rs-{found['id']} ({found['name']}) is revoked"
-
-    _answer(revoked, as_json)
-
-
-@app.command()
-def plan(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    teacher_card: Annotated[str, typer.Option(metavar="CARD", help="What a teacher replica runs on.")] = "h100",
-    student_card: Annotated[str, typer.Option(metavar="CARD", help="What a student worker runs on.")] = "h100",
-    students: Annotated[
-        int | None, typer.Option(min=1, help="Cards that train the student; default train.num_workers.")
-    ] = None,
-    tokens: Annotated[float | None, typer.Option(min=1, help="Tokens to read; default train.steps.")] = None,
-    teacher_utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the card's bf16 peak.")] = 0.5,
-    student_utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the card's bf16 peak.")] = 0.4,
-    network_gbps: Annotated[float, typer.Option(min=0.1, help="Between nodes, each way, in Gbit/s.")] = 100,
-    price: Annotated[
-        list[str] | None, typer.Option(metavar="CARD=USD", help="Price of a card and hour; may be given again.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say on paper how many cards it takes, for how long and how much, and what will not go. Starts nothing."""
-
-    def work() -> None:
-        from rich.console import Console
-
-        from jobs.plan import PlanOptions
-        from jobs.plan import plan as planned
-        from jobs.planning.cards import read_prices
-        from jobs.planning.table import show_plan
-
-        options = PlanOptions(
-            teacher_card=teacher_card,
-            student_card=student_card,
-            students=students,
-            tokens=tokens,
-            teacher_utilisation=teacher_utilisation,
-            student_utilisation=student_utilisation,
-            network_gbps=network_gbps,
-            prices=read_prices(price or []),
-        )
-        found = planned(_load(config, overrides), options)
-        if as_json:
-            typer.echo(json.dumps(found, sort_keys=True))
-        else:
-            show_plan(found, Console())
-
-    _guard(work, as_json)
-
-
 @app.command()
 def status(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Run name (in runs/), config file, or storage root URI.")],
@@ -442,12 +319,6 @@ def _load(config: Path, overrides: list[str] | None) -> Any:
     return load(RunConfig, config, overrides)
 
 
-def _database(config: Path, overrides: list[str] | None) -> str:
-    from cluster.champions import database_url
-
-    return database_url(_load(config, overrides).state_directory)
-
-
 def _print(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(summary, sort_keys=True))
@@ -490,6 +361,7 @@ def _guard(work: Any, as_json: bool) -> None:
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
+add_key_commands(app, _guard, _load, _answer)
 add_cluster_commands(app, _guard, _load)
 
 

@@ -1,8 +1,8 @@
-"""The commands that speak to a cluster instead of doing the work here: submit, jobs, logs, stop, doctor, watch-spot."""
+"""The commands that speak to a cluster instead of doing the work here: submit, jobs, logs, stop,
+doctor, watch-spot, and plan, which only thinks of one."""
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,21 +10,13 @@ import typer
 
 from cluster.spot import METADATA
 from cluster.submissions import ADDRESS_VARIABLE, DEFAULT_ADDRESS
+from jobs.arguments import AsJson, ConfigPath, Guard, Load, Overrides
 
 Address = Annotated[
     str,
     typer.Option(metavar="URL", envvar=ADDRESS_VARIABLE, help="The cluster's dashboard, such as http://HEAD:8265."),
 ]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="As `raystill jobs` shows it.")]
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; shipped ones are in jobs/configs/.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as train.steps=20.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
-
-Guard = Callable[[Callable[[], None], bool], None]
-"""Runs a command; a known error becomes one line and an exit code."""
-Load = Callable[[Path, list[str] | None], Any]
 
 
 def add_cluster_commands(app: typer.Typer, guard: Guard, load: Load) -> None:
@@ -193,6 +185,56 @@ def add_cluster_commands(app: typer.Typer, guard: Guard, load: Load) -> None:
             watch(InstanceMetadata(metadata), drain, rebalance_s=rebalance_s)
 
         guard(work, False)
+
+    @app.command()
+    def plan(
+        config: ConfigPath,
+        overrides: Overrides = None,
+        teacher_card: Annotated[str, typer.Option(metavar="CARD", help="What a teacher replica runs on.")] = "h100",
+        student_card: Annotated[str, typer.Option(metavar="CARD", help="What a student worker runs on.")] = "h100",
+        students: Annotated[
+            int | None, typer.Option(min=1, help="Cards that train the student; default train.num_workers.")
+        ] = None,
+        tokens: Annotated[float | None, typer.Option(min=1, help="Tokens to read; default train.steps.")] = None,
+        teacher_utilisation: Annotated[
+            float, typer.Option(min=0.01, max=1, help="Share of the card's bf16 peak.")
+        ] = 0.5,
+        student_utilisation: Annotated[
+            float, typer.Option(min=0.01, max=1, help="Share of the card's bf16 peak.")
+        ] = 0.4,
+        network_gbps: Annotated[float, typer.Option(min=0.1, help="Between nodes, each way, in Gbit/s.")] = 100,
+        price: Annotated[
+            list[str] | None, typer.Option(metavar="CARD=USD", help="Price of a card and hour; may be given again.")
+        ] = None,
+        as_json: AsJson = False,
+    ) -> None:
+        """Say on paper how many cards it takes, for how long and how much, and what will not go. Starts nothing."""
+
+        def work() -> None:
+            from rich.console import Console
+
+            from jobs.plan import PlanOptions
+            from jobs.plan import plan as planned
+            from jobs.planning.cards import read_prices
+            from jobs.planning.table import show_plan
+
+            options = PlanOptions(
+                teacher_card=teacher_card,
+                student_card=student_card,
+                students=students,
+                tokens=tokens,
+                teacher_utilisation=teacher_utilisation,
+                student_utilisation=student_utilisation,
+                network_gbps=network_gbps,
+                prices=read_prices(price or []),
+            )
+            found = planned(load(config, overrides), options)
+            if as_json:
+                typer.echo(json.dumps(found, sort_keys=True))
+            else:
+                show_plan(found, Console())
+
+        guard(work, as_json)
 
 
 def _follow(cluster: Any, job_id: str, address: str) -> None:

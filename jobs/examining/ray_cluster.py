@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlparse
 
+from cluster.api_keys import is_loopback
 from cluster.errors import ClusterUnreachable
 from cluster.submissions import Submissions, check_dashboard_address
 from jobs.examining.check import Check
-from jobs.examining.services import is_loopback
 
 _TIMEOUT_S = 10.0
 
@@ -110,7 +110,7 @@ def from_inside(report: str, address: str) -> dict[str, Any]:
 
 def _status_without_token(url: str) -> int:
     opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({} if is_loopback(urlparse(url).hostname) else None)
+        urllib.request.ProxyHandler({} if is_loopback(urlparse(url).hostname or "localhost") else None)
     )
     try:
         with opener.open(url, timeout=_TIMEOUT_S) as answer:

@@ -1,7 +1,6 @@
 """What a run leans on: object storage, its clock, the corpus, MLflow, the champions' database, the endpoint's door."""
 
 import email.utils
-import ipaddress
 import os
 import time
 import urllib.error
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from cluster.api_keys import has_keys, is_loopback
 from cluster.champions import database_url, open_database
 from cluster.storage import LocalStorage, Storage, open_storage
 from cluster.tracking import tracking_uri
@@ -21,17 +21,6 @@ from jobs.examining.check import Check
 _SKEW_WARNING_S, _SKEW_FAILURE_S = 5.0, 300.0
 """S3 refuses requests that are signed fifteen minutes off; well before that the times of records mislead."""
 _TIMEOUT_S = 10.0
-API_KEYS_VARIABLE = "RAYSTILL_API_KEYS_FILE"
-
-
-def is_loopback(host: str | None) -> bool:
-    """Whether only this machine reaches a host."""
-    if host in (None, "", "localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(str(host).strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def check_storage(where: str, uri: str) -> Iterator[Check]:
@@ -132,7 +121,7 @@ def check_tracking(where: str, state_directory: Path, needs_server: bool) -> Ite
         yield Check(where, "MLflow", "failure", f"{shown}: {type(error).__name__}", fix)
         return
     yield Check(where, "MLflow", "ok", f"{shown} answers in {(time.perf_counter() - started) * 1000:.0f} ms")
-    if not is_loopback(host.hostname) and _answers_anybody(f"{shown}{host.path}"):
+    if not is_loopback(host.hostname or "localhost") and _answers_anybody(f"{shown}{host.path}"):
         fix = "start it with --app-name basic-auth, or put an authenticating proxy before it"
         yield Check(where, "MLflow, authentication", "failure", f"{shown} answers anybody", fix)
 
@@ -162,13 +151,11 @@ def check_database(where: str, state_directory: Path, needs_server: bool) -> Ite
 
 def check_endpoint(where: str, config: RunConfig) -> Iterator[Check]:
     """Whether whoever reaches the endpoint must show a key."""
-    host, keys = config.serve.host, os.environ.get(API_KEYS_VARIABLE)
-    if keys and not Path(keys).is_file():
-        yield Check(
-            where, "endpoint keys", "failure", f"{API_KEYS_VARIABLE}={keys}: no such file", "write it, or unset it"
-        )
-    elif is_loopback(host) or keys:
-        yield Check(where, "endpoint keys", "ok", "a file of keys" if keys else f"{host} alone reaches it")
+    host = config.serve.host
+    if is_loopback(host):
+        yield Check(where, "endpoint keys", "ok", f"{host} alone reaches it")
+    elif has_keys(database_url(config.state_directory)):
+        yield Check(where, "endpoint keys", "ok", "there are keys")
     else:
-        fix = f"set {API_KEYS_VARIABLE}, or serve.host=127.0.0.1"
-        yield Check(where, "endpoint keys", "failure", f"serve.host={host} and no keys: anybody may ask", fix)
+        fix = "make one with `raystill keys create CONFIG`, or set serve.host=127.0.0.1"
+        yield Check(where, "endpoint keys", "failure", f"serve.host={host} and no keys", fix)

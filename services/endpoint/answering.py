@@ -22,7 +22,7 @@ from services.endpoint.decoding import Piece
 from services.endpoint.envelope import account_of
 from services.endpoint.errors import internal
 from services.endpoint.pool import Working
-from services.endpoint.schema import Usage
+from services.endpoint.records import Usage
 
 logger = logging.getLogger(__name__)
 

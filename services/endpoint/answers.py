@@ -20,7 +20,7 @@ from services.endpoint.encoder_schema import (
     LabelProbability,
 )
 from services.endpoint.reasoning import Part, Reasoning, ReasoningSplitter
-from services.endpoint.schema import (
+from services.endpoint.records import (
     AnswerMessage,
     ChatChoice,
     ChatChunk,

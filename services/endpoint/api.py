@@ -31,14 +31,8 @@ from services.endpoint.openapi import document
 from services.endpoint.page import page
 from services.endpoint.reading import Reader
 from services.endpoint.reasoning import Reasoning, reasoning_for
-from services.endpoint.schema import (
-    ChatRequest,
-    CompletionRequest,
-    ModelCard,
-    ModelList,
-    RequestBody,
-    ServedArguments,
-)
+from services.endpoint.records import ModelCard, ModelList
+from services.endpoint.schema import ChatRequest, CompletionRequest, RequestBody, ServedArguments
 
 logger = logging.getLogger(__name__)
 

@@ -16,17 +16,8 @@ from services.endpoint.encoder_schema import (
     EmbeddingList,
     EmbeddingRequest,
 )
-from services.endpoint.schema import (
-    UNSUPPORTED,
-    ChatChunk,
-    ChatCompletion,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    ModelCard,
-    ModelList,
-    ServedArguments,
-)
+from services.endpoint.records import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
+from services.endpoint.schema import UNSUPPORTED, ChatRequest, CompletionRequest, ServedArguments
 
 ERRORS = {
     400: "The request is wrong; `param` names the parameter",

@@ -8,6 +8,8 @@ import time
 import pytest
 from packaging.specifiers import SpecifierSet
 
+from cluster.api_keys import create_key, opened_keys
+from cluster.champions import database_url
 from jobs.config import RunConfig
 from jobs.doctor import examine, line_of
 from jobs.examining import machine, services
@@ -136,15 +138,12 @@ def test_clock_is_compared_with_the_server(server, monkeypatch, offset_s, status
     assert check.status == status, check
 
 
-def test_endpoint_that_anybody_reaches_needs_keys(tmp_path, monkeypatch):
-    monkeypatch.delenv(services.API_KEYS_VARIABLE, raising=False)
+def test_endpoint_that_anybody_reaches_needs_keys(tmp_path):
     open_door = made(tmp_path, serve={"host": "0.0.0.0"})
     assert statuses(services.check_endpoint("here", open_door)) == {"endpoint keys": "failure"}
     assert statuses(services.check_endpoint("here", made(tmp_path))) == {"endpoint keys": "ok"}
-    keys = tmp_path / "keys"
-    monkeypatch.setenv(services.API_KEYS_VARIABLE, str(keys))
-    assert statuses(services.check_endpoint("here", open_door)) == {"endpoint keys": "failure"}
-    keys.write_text("x")
+    with opened_keys(database_url(open_door.state_directory)) as engine:
+        create_key(engine, "test")
     assert statuses(services.check_endpoint("here", open_door)) == {"endpoint keys": "ok"}
 
 
@@ -161,16 +160,6 @@ def test_mlflow_that_does_not_answer_is_a_failure(tmp_path, monkeypatch):
     [check] = services.check_tracking("here", tmp_path, False)
     assert check.status == "failure"
     assert "word" not in check.found
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.3.4.5"])
-def test_loopback_is_known(host):
-    assert services.is_loopback(host)
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "head", "::"])
-def test_what_others_reach_is_no_loopback(host):
-    assert not services.is_loopback(host)
 
 
 def test_dashboard_open_or_closed(server, monkeypatch):
