@@ -21,7 +21,7 @@ _TIMEOUT_S = 10.0
 def check_dashboard(address: str) -> Iterator[Check]:
     """Reachability and authentication of a dashboard: who reaches an open one runs what he likes on the cluster."""
     url = check_dashboard_address(address)
-    where, host = f"cluster {url}", urlparse(url).hostname
+    where, host = f"cluster {url}", urlparse(url).hostname or "localhost"
     try:
         status = _status_without_token(f"{url}/api/jobs/")
     except OSError as error:
