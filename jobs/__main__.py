@@ -32,6 +32,15 @@ app = typer.Typer(
 )
 
 
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda shown: _show_version(shown), help="Show it.")
+    ] = False,
+) -> None:
+    """What holds for every command."""
+
+
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """All stages, from text to a student that answers. What is done already is skipped."""
@@ -58,7 +67,7 @@ def prepare(
 
         found = estimate(_load(config, overrides), ConsoleProgress(quiet=True).stage("prepare"))
         return found, (
-            f"{found['objects']:,} objects, {found['bytes']:,} bytes\n"
+            f"{found['objects']:,} object{'s'[: found['objects'] != 1]}, {found['bytes']:,} bytes\n"
             f"about {found['documents']:,} documents and {found['tokens']:,} tokens, "
             f"by a sample of {found['sampled_bytes']:,} bytes; nothing was written"
         )
@@ -305,6 +314,14 @@ def _answer(found: Callable[[], tuple[dict[str, Any], str]], as_json: bool) -> N
         typer.echo(json.dumps(values, sort_keys=True) if as_json else text)
 
     _guard(work, as_json)
+
+
+def _show_version(shown: bool) -> None:
+    if shown:
+        from importlib.metadata import version
+
+        typer.echo(f"raystill {version('raystill')}")
+        raise typer.Exit
 
 
 def _program() -> str:

@@ -416,9 +416,10 @@ class RunConfig(Config):
     @property
     def tokenizer_source(self) -> tuple[str, str | None]:
         """The model whose tokenizer is taken, and its GGUF file; only where none is trained."""
-        if self.teacher is not None and self.teacher.model is not None:
+        named = self.student.tokenizer
+        if named is None and self.teacher is not None and self.teacher.model is not None:
             return self.teacher.model, self.teacher.gguf_file
-        named = self.student.tokenizer or self.student.model
+        named = named or self.student.model
         assert named is not None, "the config checks that a tokenizer is named"
         return named, None
 

@@ -167,8 +167,12 @@ def _check_models(config: RunConfig) -> None:
     teacher_tokenizer: Any = None
     if teacher is not None and teacher.model is not None:
         check_model(teacher.model, teacher.gguf_file)
-        teacher_tokenizer = load_tokenizer(teacher.model, teacher.gguf_file)
-        num_tokens = len(teacher_tokenizer)
+        try:
+            teacher_tokenizer = load_tokenizer(teacher.model, teacher.gguf_file)
+            num_tokens = len(teacher_tokenizer)
+        except ModelError:
+            if student.tokenizer is None:  # else that one is taken, and nothing contradicts it
+                raise
     if student.model is not None:
         check_model(student.model)
     named = student.tokenizer or student.model

@@ -84,4 +84,7 @@ def _wanted(engine: Engine, champion: Champion, to: str | None) -> Promotion:
 
 
 def _nobody(model_name: str) -> PromotionRefused:
-    return PromotionRefused(f"rollback of {model_name}: it has no champion, so there is nothing to go back from")
+    return PromotionRefused(
+        f"rollback of {model_name}: it has no champion, so there is nothing to go back from; `raystill promote` "
+        "makes one"
+    )

@@ -105,7 +105,9 @@ def _note(stage: dict[str, Any]) -> str:
             note += f", {stage['labelled_rows']:,} rows from labels"
         return "\n".join([note, *_where_it_goes(stage)])
     if "documents" in stage:
-        return f"{stage['documents']:,} documents, {stage['rows']['train']:,} + {stage['rows']['validation']:,} rows"
+        left_out = f", {stage['skipped']:,} objects left out" if stage.get("skipped") else ""
+        rows = stage["rows"]
+        return f"{stage['documents']:,} documents, {rows['train']:,} + {rows['validation']:,} rows{left_out}"
     if "labelled" in stage:
         return f"{stage['labelled']:,} of {stage['rows']:,} rows labelled now, {size(stage['size_bytes'])} in all"
     if challenger := stage.get("challenger"):

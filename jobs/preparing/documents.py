@@ -45,6 +45,8 @@ def document_reader(config: DataConfig) -> Callable[[Any], Document | None]:
         for name, value in zip(names, values, strict=True):
             if not isinstance(value, str):
                 option = option_of(config, name)
+                if value is not None:
+                    raise CorpusError(f"has {type(value).__name__} in {name!r}, where text is wanted; write it as text")
                 raise CorpusError(f"has no text in {name!r} (found: {_found(record)}); set data.{option}")
             _check_whole(value)
         return values
