@@ -16,6 +16,7 @@ def config_of(directory, **student):
             "data": {"sources": [str(tiny.corpus(directory / "in", 4))], "sequence_length": 16},
             "teacher": {"model": str(directory / "teacher")},
             "student": {"from_teacher": {"layers": [0]}, **student},
+            "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
         }
     )
 
