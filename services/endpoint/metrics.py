@@ -5,6 +5,7 @@ Requests, tokens and times are counted by the router, which sees what a user see
 
 from ray.serve import metrics
 
+from cluster.gauges import LastingGauge
 from services.endpoint.canary import Observation
 
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
@@ -39,10 +40,12 @@ class RouterMetrics:
             boundaries=_TOKEN_SECONDS,
             tag_keys=keys,
         )
-        self._in_flight = metrics.Gauge(
-            "raystill_endpoint_requests_in_flight",
-            description="Requests that this router has forwarded and not yet answered.",
-            tag_keys=keys,
+        self._in_flight = LastingGauge(
+            metrics.Gauge(
+                "raystill_endpoint_requests_in_flight",
+                description="Requests that this router has forwarded and not yet answered.",
+                tag_keys=keys,
+            )
         )
 
     def in_flight(self, version: str, requests: int) -> None:
@@ -71,12 +74,14 @@ class VersionMetrics:
     """The queue of a version. One for each replica."""
 
     def __init__(self, model_name: str, version: str) -> None:
-        self._queue = metrics.Gauge(
-            "raystill_endpoint_queue",
-            description="Requests that run or wait in a replica of a version.",
-            tag_keys=("model", "version"),
+        self._tags = {"model": model_name, "version": version}
+        self._queue = LastingGauge(
+            metrics.Gauge(
+                "raystill_endpoint_queue",
+                description="Requests that run or wait in a replica of a version.",
+                tag_keys=("model", "version"),
+            )
         )
-        self._queue.set_default_tags({"model": model_name, "version": version})
 
     def queue(self, requests: int) -> None:
-        self._queue.set(requests)
+        self._queue.set(requests, tags=self._tags)
