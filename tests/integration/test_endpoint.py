@@ -52,13 +52,15 @@ def test_client_chat_streamed_and_whole_are_equal(endpoint: RunningEndpoint) -> 
     }
     whole = client.chat.completions.create(**fields)
     texts = {0: "", 1: ""}
-    finished = []
+    finished = {}
     for chunk in client.chat.completions.create(**fields, stream=True):
-        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
-        finished += [chunk.choices[0].finish_reason] if chunk.choices[0].finish_reason else []
+        choice = chunk.choices[0]
+        texts[choice.index] += choice.delta.content or ""
+        if choice.finish_reason:
+            finished[choice.index] = choice.finish_reason
     assert [texts[0], texts[1]] == [choice.message.content for choice in whole.choices]
     assert texts[0] != texts[1]
-    assert finished == [choice.finish_reason for choice in whole.choices]
+    assert finished == {choice.index: choice.finish_reason for choice in whole.choices}
 
 
 def test_client_models_and_errors_have_openai_types(endpoint: RunningEndpoint) -> None:
