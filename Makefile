@@ -7,9 +7,8 @@ BIN := .venv/bin
 demo: .venv/made  ## text to a served student, on this machine, in about ten minutes
 	$(BIN)/raystill run jobs/configs/demo.yaml
 
-test: .venv/made  ## every test that needs no GPU
-	$(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile tests/unit
-	$(BIN)/python -m pytest -q --durations=15 tests/integration tests/end_to_end
+test: .venv/made  ## every test that needs no GPU, two files at a time, those that start services first
+	$(BIN)/python -m pytest -q --durations=25 -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/made  ## style and types, and infra/ as far as its tools are there
 	$(BIN)/ruff check .
