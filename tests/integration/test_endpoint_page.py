@@ -204,12 +204,25 @@ def test_page_asks_all_versions_side_by_side(site: Site, open_page: Callable[...
 
 
 def test_page_shows_markup_of_models_and_names_as_text(site: Site, open_page: Callable[..., Any]) -> None:
-    def evil(*_: Any, **__: Any) -> Iterator[Piece]:
-        yield Piece(0, EVIL, num_sampled=3)
-        yield Piece(0, "", num_sampled=1, finish_reason="stop")
+    class Evil:
+        """An answer of a model that writes markup."""
+
+        def __init__(self, *_: Any) -> None:
+            self._items = iter([3, Piece(0, EVIL, num_sampled=3), Piece(0, "", num_sampled=1, finish_reason="stop")])
+
+        async def __anext__(self) -> Any:
+            for item in self._items:
+                return item
+            raise StopAsyncIteration
+
+        def __aiter__(self) -> "Evil":
+            return self
+
+        def cancel(self) -> None:
+            pass
 
     assert site.follower.served is not None
-    site.follower.served.model.generate = evil  # type: ignore[method-assign]
+    site.follower.served.model.submit = Evil  # type: ignore[assignment,method-assign]
     opened = open_page()
     with_traffic(opened, [{**version, "scheme": EVIL} for version in TRAFFIC])
     opened.goto(site.url)

@@ -54,6 +54,10 @@ def test_serve_model_answers_until_it_is_interrupted(command: list[str], tmp_pat
             assert len(answer.headers.get_list("x-request-id")) == 1
             with pytest.raises(openai.NotFoundError, match="ask /v1/completions"):
                 api.embeddings.create(model="Thinker", input="a")
+        deadline = time.monotonic() + 60
+        while "curl" not in (tmp_path / "said").read_text():  # a signal before is an interrupted start
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
     finally:
         served.send_signal(signal.SIGINT)
         code = served.wait(timeout=120)
