@@ -32,8 +32,12 @@ Report = Callable[[int, dict[str, float]], None]
 Notice = Callable[[], bool]
 
 
+def never() -> bool:
+    return False
+
+
 def train(
-    plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, report: Report, notice: Notice | None = None
+    plan: TrainPlan, workers: Workers, teacher: TeacherAnswers | None, report: Report, notice: Notice = never
 ) -> dict[str, Any]:
     """Trains to the last step, from the newest checkpoint if there is one; the last one is stored when this returns.
 
@@ -48,7 +52,7 @@ def train(
         return _train(this, plan, workers, report, notice)
 
 
-def _train(this: Training, plan: TrainPlan, workers: Workers, report: Report, notice: Notice | None) -> dict[str, Any]:
+def _train(this: Training, plan: TrainPlan, workers: Workers, report: Report, notice: Notice) -> dict[str, Any]:
     config, model, state, clock = plan.train, this.model, this.state, this.clock
     model.train()
     for step in range(state.step, config.steps):
@@ -85,25 +89,23 @@ def _train(this: Training, plan: TrainPlan, workers: Workers, report: Report, no
             model.train()
             if not math.isfinite(metrics["validation/bits_per_byte"]):
                 return _non_finite(this, step, "a student whose held-out loss is not finite")
-        keeps = state.step % config.checkpoint_every == 0 or state.step == config.steps
+        leaves = state.step % config.notice_every == 0 and notice()
+        keeps = leaves or state.step % config.checkpoint_every == 0 or state.step == config.steps
         if keeps and not _is_finite(model):  # an update that a finite gradient made too large
             return _non_finite(this, step, "weights that are not finite")
-        asks = notice is not None and state.step % config.notice_every == 0 and state.step < config.steps
-        leaves = asks and notice is not None and notice()
         if workers.leads:
             report(state.step, metrics)
-            if keeps or leaves:
+            if keeps:
                 this.checkpoints.save(model, this.optimizer, state)
         if leaves:
-            if workers.leads:
-                this.checkpoints.wait()
-            workers.agree_on(0)
-            return {"status": "preempted", "message": "", **vars(state)}
+            break
+    done = state.step == config.steps
     if workers.leads:
         this.checkpoints.wait()
-        _publish(plan, model)
+        if done:
+            _publish(plan, model)
     workers.agree_on(0)
-    return {"status": "done", "message": "", **vars(state)}
+    return {"status": "done" if done else "preempted", "message": "", **vars(state)}
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         config["board"].report.remote(step, metrics)
 
     try:
-        notice = (lambda: ray.train.get_preemption_info() is not None) if config["notices"] else None
+        notice = (lambda: ray.train.get_preemption_info() is not None) if config["notices"] else never
         return train(plan, workers, teacher, report, notice)
     finally:
         if teacher is not None:
