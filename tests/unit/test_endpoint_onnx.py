@@ -9,8 +9,13 @@ import torch
 from onnx import TensorProto, helper
 
 from cluster.errors import ModelError
+from jobs.quantization import onnx_int8
+from services.endpoint.decoding import joined
 from services.endpoint.engines.base import Place, Read
 from services.endpoint.engines.onnx import CachedEngine, open_session
+from services.endpoint.model import ServedModel
+from services.endpoint.schema import Sampling
+from tests.endpoint_models import answer, answers, byte_level_tokenizer, save_version
 
 VOCABULARY = 11
 
@@ -130,3 +135,30 @@ def test_graph_without_a_matching_output_is_refused(tmp_path: Path, table: np.nd
     save_summing_graph(tmp_path / "model.onnx", table, outputs=("key",))
     with pytest.raises(ModelError, match=r"no output present\.0\.value"):
         CachedEngine(open_session(tmp_path / "model.onnx"), 200)
+
+
+def test_exported_student_answers_among_others_what_it_answers_alone(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    source, made = tmp_path / "float", tmp_path / "int8"
+    save_version(source, seed=3)
+    made.mkdir()
+    onnx_int8.quantize(str(source), made)
+    byte_level_tokenizer().save_pretrained(made)
+    model = ServedModel(made, max_context_tokens=120, max_new_tokens=40)
+    greedy = Sampling(max_new_tokens=24, temperature=0.0, top_logprobs=0)
+    prompts = [model.encode(text) for text in ("the cat", "a", "on the mat sat the cat and the", "猫", "dog dog")]
+    alone = [joined(answer(model, prompt, greedy)) for prompt in prompts]
+    together = [joined(pieces) for pieces in answers(model, [(prompt, greedy) for prompt in prompts])]
+
+    def read_at_once(token_ids: list[int]) -> int:
+        engine = CachedEngine(open_session(made / "model.onnx"), 200)
+        place = engine.reserve(len(token_ids))
+        assert place is not None
+        return int(engine.forward([Read(place, token_ids)])[0, : model.vocabulary.size].argmax())
+
+    for prompt, [mine], [theirs] in zip(prompts, alone, together, strict=True):
+        assert theirs.text == mine.text
+        for one, other in zip(mine.tokens, theirs.tokens, strict=True):
+            assert abs((one.logprob or 0) - (other.logprob or 0)) < 1e-4
+        ids = [token.token_id for token in mine.tokens]
+        assert ids[-1] == read_at_once(prompt + ids[:-1])
