@@ -78,8 +78,8 @@ def check_elastic(config: RunConfig) -> None:
         raise ConfigError(f"{asked}: a Ray on this machine does not grow: set cluster.address, or give one number")
 
 
-def check_cluster(config: RunConfig, connection: Connection) -> None:
-    """Checks against the cluster that is connected."""
+def check_cluster(config: RunConfig, connection: Connection, *, answers: bool = True) -> None:
+    """Checks against the cluster that is connected. `answers`: whether the endpoint is to be placed, too."""
     if connection.embedded:
         return
     nodes = cluster_nodes()
@@ -90,11 +90,11 @@ def check_cluster(config: RunConfig, connection: Connection) -> None:
     check_cpus(config, max(connection.num_cpus, has("CPU")), "the cluster")
     check_gpus(config, has("GPU"), "the cluster")
     if connection.pools is not None and connection.num_cpus <= has("CPU"):  # else it grows further than is known here
-        for demands in placed_together(config, connection.pools):
+        for demands in placed_together(config, connection.pools, answers=answers):
             check_demands(demands, nodes)
 
 
-def placed_together(config: RunConfig, pools: PoolsConfig) -> list[list[Demand]]:
+def placed_together(config: RunConfig, pools: PoolsConfig, *, answers: bool = True) -> list[list[Demand]]:
     """What each part of a run asks of a cluster with pools at the same time."""
 
     def demand(role: str, pool: Pool, count: int, cpus: float, gpus: float) -> Demand:
@@ -111,7 +111,9 @@ def placed_together(config: RunConfig, pools: PoolsConfig) -> list[list[Demand]]
     if teacher is not None and config.distils:
         of_each = teacher.threads_per_replica or threads
         training.append(demand("teacher.replicas", "teacher", teacher.replicas, of_each, teacher.num_gpus))
-    together = [training, [demand("serve.replicas", "endpoint", config.serve.replicas, 1, 0)]]
+    together = [training]
+    if answers:
+        together.append([demand("serve.replicas", "endpoint", config.serve.replicas, 1, 0)])
     if teacher is not None and teacher.train is not None:
         together.append([of_train("teacher.train", teacher.train, threads_each(most(teacher.train.num_workers)))])
     return together

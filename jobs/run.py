@@ -83,7 +83,7 @@ def run(
                 continue
             if this.connection is None and stage.needs_cluster(this):
                 this.connection = stack.enter_context(connect(config.cluster))
-                check_cluster(config, this.connection)
+                check_cluster(config, this.connection, answers=answers)
                 if answers:  # Serve has one address, fixed when it starts: before the teachers, which need none
                     start_serve(config.serve.host, config.serve.port)
             if stage.name != "prepare" and this.tracker is None:

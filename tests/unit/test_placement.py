@@ -89,6 +89,7 @@ def test_run_asks_for_its_slots():
     assert (teachers.count, teachers.resources) == (2, {"CPU": 3, "teacher_slot": 1})
     assert teachers.labels == {"pool": "teacher"}
     assert endpoint.resources == {"CPU": 1, "endpoint_slot": 1}
+    assert placed_together(made(), pools, answers=False) == [[students, teachers]], "training alone needs no endpoint"
 
 
 def test_pools_are_of_clusters_alone(monkeypatch):
