@@ -87,7 +87,7 @@ def test_dry_run_on_the_command_line_writes_nothing(tmp_path, command):
         for more in ([], ["--json"])
     ]
     assert [item.returncode for item in said] == [0, 0], said[0].stderr
-    assert "1 objects" in said[0].stdout
+    assert "1 object," in said[0].stdout
     assert "nothing was written" in said[0].stdout
     assert json.loads(said[1].stdout)["documents"] == 50
     assert sorted(tmp_path.rglob("*")) == before
