@@ -4,7 +4,6 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -317,15 +316,19 @@ def test_refusals_cost_no_request_and_mistakes_do(gated: Gated, monkeypatch: pyt
 # --- overload and bodies ----------------------------------------------------------------------------------------------
 
 
-def test_overload_is_refused_before_the_body_and_places_come_back(gated: Gated) -> None:
+def test_overload_is_refused_before_the_body_and_places_come_back(
+    gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = threading.Event()
-
-    def slow(*_: Any, **__: Any) -> Iterator[Any]:
-        gate.wait(30)
-        yield from ()
-
     assert gated.follower.served is not None
-    gated.follower.served.model.generate = slow  # type: ignore[method-assign]
+    engine = gated.follower.served.model._scheduler._engine
+    forward = engine.forward
+
+    def held(reads: list[Any]) -> Any:
+        gate.wait(30)
+        return forward(reads)
+
+    monkeypatch.setattr(engine, "forward", held)
     answers: list[int] = []
     with gated.client() as client:
         threads = [
@@ -345,7 +348,6 @@ def test_overload_is_refused_before_the_body_and_places_come_back(gated: Gated) 
         for thread in threads:
             thread.join()
         assert answers == [200, 200]
-        del gated.follower.served.model.generate  # type: ignore[attr-defined]
         assert client.post("/v1/completions", json=BODY).status_code == 200
 
 
