@@ -103,7 +103,10 @@ def main() -> None:
     from ray.cluster_utils import Cluster
 
     directory, head = sys.argv[1], json.loads(sys.argv[2])
-    ray._private.utils.write_ray_address = lambda address, directory=None: None  # others on this host look there
+    # Below the cluster's own directory: there its jobs look, which else take any Ray of the host for theirs, and others
+    # of the host do not.
+    write = ray._private.utils.write_ray_address
+    ray._private.utils.write_ray_address = lambda address, _=None: write(address, directory)
     common = {"temp_dir": directory, "object_store_memory": 100 << 20}
     cluster = Cluster()
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}

@@ -120,7 +120,15 @@ def test_31_later_errors_are_events_that_end_the_stream(breaking: Endpoint) -> N
 def test_32_comments_keep_a_silent_stream_alive(
     client: str, tiny: Endpoint, connect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "KEEP_ALIVE_S", 1e-5)  # shorter than a token takes
+    engine = tiny.model._scheduler._engine
+    forward = engine.forward
+
+    def slow(reads: list[Any]) -> Any:
+        time.sleep(0.03)
+        return forward(reads)
+
+    monkeypatch.setattr(engine, "forward", slow)
+    monkeypatch.setattr(answering, "KEEP_ALIVE_S", 0.005)
     api = connect(client, tiny)
     expected = api.chat(**chat(tiny))["choices"][0]["message"]["content"]
     if client == "raw":
