@@ -12,6 +12,7 @@ for _name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYSTILL_DATABASE_URL", "AW
     os.environ.pop(_name, None)
 
 import pytest
+import torch
 
 from cluster.resources import process_environment
 
@@ -28,6 +29,28 @@ def s3_server(tmp_path_factory):
     with s3_server.running(tmp_path_factory.mktemp("s3")) as server:
         server.make_bucket("bucket")
         yield server
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """A real PostgreSQL server, which makes databases."""
+    from tests import postgres_server
+
+    if postgres_server.programs() is None:
+        pytest.skip("PostgreSQL or psycopg is not installed, and RAYSTILL_POSTGRES names no directory with initdb")
+    if not postgres_server.may_run():
+        pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+    with postgres_server.running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch computes on one thread: tiny products are fastest so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

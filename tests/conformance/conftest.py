@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from tests.conformance.clients import CLIENTS
 from tests.conformance.server import Endpoint, endpoint
@@ -44,13 +43,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(f"{'all':13} {len(good):3} / {NUM_POINTS}")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny products are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(scope="module", autouse=True)
+def _small(one_thread: None) -> None:
+    """Every model here is tiny."""
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import pytest
 
-from tests import postgres_server
 from tests.unit.test_api_keys import (  # noqa: F401 - they run here with this module's `database`
     test_key_of_more_than_200_bytes_is_not_read_further,
     test_numbers_are_not_used_again,
@@ -16,16 +15,6 @@ from tests.unit.test_api_keys import (  # noqa: F401 - they run here with this m
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def server():
-    if postgres_server.programs() is None:
-        pytest.skip("PostgreSQL or psycopg is not installed, and RAYSTILL_POSTGRES names no directory with initdb")
-    if not postgres_server.may_run():
-        pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
-    with postgres_server.running() as running:
-        yield running
-
-
 @pytest.fixture
-def database(server, request):
-    return server.make_database(f"test_{abs(hash(request.node.name))}")
+def database(postgresql, request):
+    return postgresql.make_database(f"test_{abs(hash(request.node.name))}")

@@ -36,19 +36,9 @@ pytestmark = pytest.mark.integration
 NOWHERE = "sqlite:////nowhere/mlflow.db"
 
 
-@pytest.fixture(scope="module")
-def server():
-    if postgres_server.programs() is None:
-        pytest.skip("PostgreSQL or psycopg is not installed, and RAYSTILL_POSTGRES names no directory with initdb")
-    if not postgres_server.may_run():
-        pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
-    with postgres_server.running() as running:
-        yield running
-
-
 @pytest.fixture
-def database(server, request):
-    return server.make_database(f"test_{abs(hash(request.node.name))}")
+def database(postgresql, request):
+    return postgresql.make_database(f"test_{abs(hash(request.node.name))}")
 
 
 # --- races ------------------------------------------------------------------------------------------------------------
@@ -62,9 +52,9 @@ def test_race_of_eight_processes_has_one_winner_fifty_times(database):
     promotion_races.race_of_processes(database, rounds=50)
 
 
-def test_tables_made_by_many_at_once_are_there(server):
+def test_tables_made_by_many_at_once_are_there(postgresql):
     for turn in range(10):
-        start, url = Barrier(8), server.make_database(f"tables_{turn}")
+        start, url = Barrier(8), postgresql.make_database(f"tables_{turn}")
 
         def look(_, start=start, url=url):
             start.wait()
@@ -78,9 +68,9 @@ def test_tables_made_by_many_at_once_are_there(server):
             assert list(pool.map(look, range(8))) == [(None, [])] * 8
 
 
-def test_older_database_is_taken_over_by_many_at_once(server):
+def test_older_database_is_taken_over_by_many_at_once(postgresql):
     for turn in range(5):
-        url, start = server.make_database(f"older_{turn}"), Barrier(8)
+        url, start = postgresql.make_database(f"older_{turn}"), Barrier(8)
         engine = sqlalchemy.create_engine(url)
         with engine.begin() as connection:
             connection.exec_driver_sql(OLD_TABLE)
@@ -143,7 +133,7 @@ def test_database_that_is_away_is_one_line_without_the_password():
 
 
 @pytest.fixture(scope="module")
-def mlflow_server(server, s3_server, tmp_path_factory):
+def mlflow_server(postgresql, s3_server, tmp_path_factory):
     """An MLflow server on PostgreSQL with its artefacts on S3; returns its address."""
     s3_server.make_bucket("mlflow")
     with socket.socket() as probe:
@@ -154,7 +144,7 @@ def mlflow_server(server, s3_server, tmp_path_factory):
         **os.environ,
         **s3_server.environment(),
         "MLFLOW_S3_ENDPOINT_URL": s3_server.endpoint,
-        "MLFLOW_BACKEND_STORE_URI": server.make_database("mlflow"),
+        "MLFLOW_BACKEND_STORE_URI": postgresql.make_database("mlflow"),
     }
     command = [sys.executable, "-m", "mlflow", "server", "--artifacts-destination", "s3://mlflow/a"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
@@ -234,11 +224,11 @@ def test_register_promote_rollback_and_versions_on_servers(database, mlflow_serv
     assert call("versions", "r.yaml")["champion"]["version"] == "1"
 
 
-def test_promotion_with_the_database_gone_in_the_middle_changes_nothing(server, tmp_path, monkeypatch):
-    database = server.make_database("away")
+def test_promotion_with_the_database_gone_in_the_middle_changes_nothing(postgresql, tmp_path, monkeypatch):
+    database = postgresql.make_database("away")
 
     def cut(uri, expected_sha256):
-        engine = sqlalchemy.create_engine(server.url())
+        engine = sqlalchemy.create_engine(postgresql.url())
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("ALTER DATABASE away ALLOW_CONNECTIONS false")
             connection.exec_driver_sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'away'")
@@ -249,7 +239,7 @@ def test_promotion_with_the_database_gone_in_the_middle_changes_nothing(server, 
     with pytest.raises(StorageError, match=r"away: does not answer \(") as caught:
         promote(*arguments)
     assert "\n" not in str(caught.value)
-    engine = sqlalchemy.create_engine(server.url())
+    engine = sqlalchemy.create_engine(postgresql.url())
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("ALTER DATABASE away ALLOW_CONNECTIONS true")
     engine.dispose()

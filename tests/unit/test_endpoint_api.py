@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from starlette.testclient import TestClient
 
 from services.endpoint.api import build_api
@@ -20,18 +19,10 @@ from services.endpoint.pool import WorkPool
 from services.endpoint.schema import EndpointArguments
 from tests.endpoint_models import crown_version, publish_version
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = "tiny-student"
 TEXT = {"model": MODEL, "prompt": "the cat 猫", "max_tokens": 24, "seed": 1, "temperature": 1.5}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "the cat 猫"}], "max_tokens": 24, "seed": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny products are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,9 @@ from services.endpoint.schema import Sampling
 from tests import tiny
 from tests.endpoint_models import answer, answers, byte_level_tokenizer, save_version, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = "the cat sat on 猫 mat"
 VOCABULARY = Vocabulary(byte_level_tokenizer())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny products are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from urllib.parse import quote
 import httpx
 import psutil
 import pytest
-import torch
 from fastapi import FastAPI
 from tokenizers import Regex, normalizers, pre_tokenizers
 
@@ -22,19 +21,12 @@ from tests.conformance.server import Endpoint, endpoint
 from tests.encoder_models import save_encoder, word_piece_tokenizer
 from tests.endpoint_models import byte_level_tokenizer, save_version
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TEXT: dict[str, Any] = {"model": "m", "prompt": "hi", "max_tokens": 2}
 INPUT: dict[str, Any] = {"model": "m", "input": "hi"}
 MEGABYTE = 1_000_000
 CLIENT = httpx.Client(trust_env=False, timeout=60)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

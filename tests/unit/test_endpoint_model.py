@@ -1,6 +1,5 @@
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +15,8 @@ from services.endpoint.model import ServedModel
 from services.endpoint.schema import ChatMessage, Sampling
 from tests.endpoint_models import NUM_PADDING, answer, save_version
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = "the cat sat on 猫 mat"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny products are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from starlette.testclient import TestClient
 
 from cluster.api_keys import create_key, opened_keys
@@ -23,18 +22,11 @@ from services.endpoint.traffic import Reign, Route, RoutingTable, place
 from services.endpoint.versions import Version
 from tests.endpoint_models import publish_version
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = "tiny-student"
 TEXT = {"model": MODEL, "prompt": "the cat 猫", "max_tokens": 24, "temperature": 0}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "the cat"}], "max_tokens": 24, "temperature": 0}
 REIGN = Reign(1, "2026-01-02T03:04:05+00:00")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
