@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from jobs.training.loop import train
 from jobs.training.plan import TeacherAccess, TrainPlan
 from jobs.training.workers import Workers
 from services.teacher.model import TeacherModel
-from tests import tiny
+from tests import namespaces, tiny
 from tests.benchmarks.sides import arguments, show
 from tests.command_line import COMMAND, environment
 from tests.in_process_teacher import InProcessTeacher
@@ -48,7 +47,6 @@ from tests.ray_cluster import RayCluster, running, wait_until
 TOKEN = "elastic-" + "0f" * 24
 NOTICE_S = 30
 BATCH = 8
-_INSIDE = "RAYSTILL_ELASTIC_INSIDE"
 _PATIENCE_S = 900.0
 
 
@@ -330,11 +328,7 @@ def plain(watched: Watched, directory: Path, fault: str) -> dict[str, Any]:
 
 def main() -> None:
     options = arguments(__doc__ or "")
-    if os.geteuid() == 0 and _INSIDE not in os.environ and shutil.which("unshare"):
-        apart = ["unshare", "-n", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c"]
-        again = 'ip link set lo up && exec "$0" -m tests.benchmarks.elastic "$@"'
-        words = [*apart, again, sys.executable, *sys.argv[1:]]
-        raise SystemExit(subprocess.run(words, env={**os.environ, _INSIDE: "1"}).returncode)
+    namespaces.enter("tests.benchmarks.elastic", needed=False)
     steps = 400 if options.quick else 2000
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
     os.environ.update(variables)

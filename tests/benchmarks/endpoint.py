@@ -3,7 +3,7 @@
 Ours is a replica on Ray Serve behind its proxy. transformers serves the same directory as it comes and with
 `--continuous-batching`; with `--llama-cpp DIRECTORY`, llama.cpp's `llama-server` serves the same weights as GGUF. All
 servers are up at the same time and one is asked at a time, in turns, by one client: 1 stream, then 16 at once, each of
-64 tokens behind a prompt of about 32, greedily. The whole of a stream counts, its first token included.
+64 tokens (`--quick`: 32) behind a prompt of about 32, greedily. The whole of a stream counts, its first token included.
 """
 
 import asyncio
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from cluster.resources import physical_cores
 from tests import tiny
@@ -47,14 +49,15 @@ class Server:
     name: str
     port: int
     model: str
+    new_tokens: int = NEW_TOKENS
     seconds: dict[int, list[float]] = field(default_factory=lambda: {count: [] for count in STREAMS})
     first_s: dict[int, list[float]] = field(default_factory=lambda: {count: [] for count in STREAMS})
 
     def ms_per_token(self) -> float:
-        return statistics.median(self.seconds[1]) / NEW_TOKENS * 1000
+        return statistics.median(self.seconds[1]) / self.new_tokens * 1000
 
     def tokens_per_s(self) -> float:
-        return 16 * NEW_TOKENS / statistics.median(self.seconds[16])
+        return 16 * self.new_tokens / statistics.median(self.seconds[16])
 
 
 # --- the client ------------------------------------------------------------------------------------------------------
@@ -66,7 +69,7 @@ async def ask(server: Server, prompt: str) -> float:
     Raises:
         RuntimeError: another number of tokens than asked for, or no stream.
     """
-    body = {"model": server.model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
+    body = {"model": server.model, "prompt": prompt, "max_tokens": server.new_tokens, "temperature": 0, "stream": True}
     if server.name in (OURS, LLAMA):
         body["stream_options"] = {"include_usage": True}
     if server.name == LLAMA:
@@ -84,7 +87,7 @@ async def ask(server: Server, prompt: str) -> float:
     writer.close()
     lines = [line[6:] for line in received.split(b"\n") if line.startswith(b"data: {")]
     usages = [usage for line in lines if (usage := json.loads(line).get("usage"))]
-    if first_s is None or not usages or usages[-1]["completion_tokens"] != NEW_TOKENS:
+    if first_s is None or not usages or usages[-1]["completion_tokens"] != server.new_tokens:
         raise RuntimeError(f"{server.name}: {bytes(received[-500:])!r}")
     return first_s
 
@@ -174,14 +177,15 @@ def serve(directory: Path, work: Path, port: int) -> None:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def compare(directory: Path, names: list[str], repeats: int, llama_cpp: str | None) -> list[Server]:
+def compare(directory: Path, names: list[str], repeats: int, new_tokens: int, llama_cpp: str | None) -> list[Server]:
     """All servers, measured in turns, the order turned round every time."""
     with contextlib.ExitStack() as stack:
         servers = []
         for name in names:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raystill-bench-")))
             servers.append(stack.enter_context(running(name, directory, llama_cpp, work)))
-        for turn in range(repeats + 1):
+            servers[-1].new_tokens = new_tokens
+        for turn in track(range(repeats + 1), "turns", console=Console(stderr=True)):
             for server in servers if turn % 2 else servers[::-1]:
                 for streams in STREAMS:
                     asyncio.run(measure(server, streams, turn))
@@ -203,11 +207,12 @@ def main() -> None:
         return
     names = [OURS, PLAIN, BATCHING, *([LLAMA] if options.llama_cpp else [])]
     models = [("Llama 8 x 512", save_random), *([] if options.quick else [("SmolLM2-135M", save_smollm2)])]
+    new_tokens = 32 if options.quick else NEW_TOKENS
     rows, result = [], {}
     for title, save in models:
         for dtype in (torch.float32,) if options.quick else (torch.float32, torch.bfloat16):
             with tempfile.TemporaryDirectory(prefix="raystill-bench-") as name:
-                servers = compare(save(Path(name), dtype), names, options.repeats or 5, options.llama_cpp)
+                servers = compare(save(Path(name), dtype), names, options.repeats or 5, new_tokens, options.llama_cpp)
             label = f"{title}, {str(dtype).removeprefix('torch.')}"
             for server in servers:
                 firsts = [f"{statistics.median(server.first_s[count]) * 1000:,.0f}" for count in STREAMS]
@@ -216,7 +221,7 @@ def main() -> None:
             result[label] = _ratios({server.name: server for server in servers})
     first = next(iter(result.values()))
     columns = ["server", "1 stream: ms/token", "first ms", "16 streams: tokens/s", "first ms"]
-    show(f"Streams of {NEW_TOKENS} tokens over HTTP (medians)", columns, rows, {**first, "by_model": result})
+    show(f"Streams of {new_tokens} tokens over HTTP (medians)", columns, rows, {**first, "by_model": result})
 
 
 def _ratios(servers: dict[str, Server]) -> dict[str, float]:
