@@ -12,6 +12,7 @@ the tags are copies, written afterwards (`cluster.crowning`).
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -179,12 +180,12 @@ def mark_canary_announced(engine: Engine, canary: Canary) -> None:
         connection.execute(update(CANARIES).where(*mine).values(announced=True))
 
 
-def taken_down_before(engine: Engine, model_name: str, manifest_sha256: str) -> Promotion | None:
+def taken_down_before(engine: Engine, model_name: str, is_same: Callable[[Promotion], bool]) -> Promotion | None:
     """The promotion in which a canary of the same bytes failed, if they never reigned after it."""
     decided = [
         item
         for item in history(engine, model_name)
-        if item.manifest_sha256 == manifest_sha256 and item.state in ("rolled_back", "crowned", "announced")
+        if item.state in ("rolled_back", "crowned", "announced") and is_same(item)
     ]
     return decided[-1] if decided and decided[-1].state == "rolled_back" else None
 

@@ -97,9 +97,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _own_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest if it is one of ours; others use the same file name for other things."""
+    """The manifest if it is one of ours; others use the same file name for other things.
+
+    Raises:
+        CorruptArtifact: it cannot be read, or it is half of one of ours.
+    """
     try:
         found = read_json(path / MANIFEST)
-    except ModelError:
-        return None
-    return found if isinstance(found.get("files"), dict) and "sha256" in found else None
+    except ModelError as error:
+        raise CorruptArtifact(f"model {path} is not served: {MANIFEST} is damaged ({error})") from error
+    files = found.get("files")
+    lists_files = isinstance(files, dict) and all(
+        isinstance(item, dict) and "sha256" in item for item in files.values()
+    )
+    if lists_files and "sha256" not in found:
+        raise CorruptArtifact(f"model {path} is not served: {MANIFEST} is damaged (its own sha256 is missing)")
+    return found if lists_files else None

@@ -100,7 +100,8 @@ class Tracker:
         self._put_end()
         self._thread.join(timeout_s)
         if self.dropped or self._thread.is_alive():
-            logger.warning("tracking at %s: %d records were not written", self._uri, self.dropped + self._queue.qsize())
+            missing = self.dropped + self._queue.qsize()
+            logger.warning("tracking at %s: %d records were not written", _without_password(self._uri), missing)
 
     def wait_started(self, timeout_s: float = 60.0) -> str | None:
         """The run's id once the run exists, or None if tracking does not come up in time."""
@@ -135,7 +136,7 @@ class Tracker:
                 self.run_id = client.create_run(experiment_id, run_name=self._run_name).info.run_id
             self._started.set()
         except Exception as error:  # tracking must never stop a run
-            logger.warning("tracking at %s is off for this run: %s", self._uri, _first_line(error))
+            logger.warning("tracking at %s is off for this run: %s", _without_password(self._uri), _first_line(error))
             return
         while (item := self._queue.get()) is not None:
             batch = [item]
@@ -184,7 +185,9 @@ class Tracker:
             self.dropped += 1
             if not self._warned:
                 self._warned = True
-                logger.warning("tracking at %s: a record was not written: %s", self._uri, _first_line(error))
+                logger.warning(
+                    "tracking at %s: a record was not written: %s", _without_password(self._uri), _first_line(error)
+                )
 
 
 @contextlib.contextmanager
@@ -252,7 +255,9 @@ def version_uri(model: str, uri: str | None = None) -> str:
         name, _, version = rest.partition("/")
         return str(client.get_model_version(name, version).source)
     except Exception as error:
-        raise ModelError(f"model {model}: not found in the registry at {tracking} ({_first_line(error)})") from error
+        raise ModelError(
+            f"model {model}: not found in the registry at {_without_password(tracking)} ({_first_line(error)})"
+        ) from error
 
 
 def _without_password(uri: str) -> str:
@@ -260,4 +265,4 @@ def _without_password(uri: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return _without_password((str(error).strip() or type(error).__name__).splitlines()[0])[:300]

@@ -2,7 +2,7 @@
 
 Figures are read by name from what was measured: bits per byte on held-out text, bytes on disk, seconds per token.
 The candidate's were measured on the artefact that will be served, reloaded in a fresh process. Every rule is asked,
-so that a refusal names all that fail; one whose figure was not measured, or is not a number, fails.
+so that a refusal names all that fail; one whose figure was not measured, is not a number or cannot be, fails.
 
 Retention is the teacher's bits per byte over the candidate's (`compression.quality_kept`). Time per token is `token_s`,
 from one new token to the next, where both sides have it; otherwise the time of scoring, 1 / `tokens_per_s`, for both.
@@ -119,7 +119,7 @@ def _retention(limit: float, candidate: Figures, teacher: Figures) -> RuleResult
 
 def _latency_ratio(rule: str, limit: float, candidate: Figures, other: Figures, against: str) -> RuleResult:
     figure, mine, theirs = "token_s", _number(candidate, "token_s"), _number(other, "token_s")
-    if mine is None or theirs is None:
+    if candidate.get("token_s") is None or other.get("token_s") is None:
         speeds = _number(candidate, "tokens_per_s"), _number(other, "tokens_per_s")
         if speeds[0] is not None and speeds[1] is not None:
             figure, (mine, theirs) = "1/tokens_per_s", (_ratio(1, speed) for speed in speeds)
@@ -147,7 +147,7 @@ def _not_measured(
     whose = [name for name, value in (("candidate", mine), (against, theirs)) if value is None]
     if not whose:
         return None
-    said = f"{figure} of the {' and of the '.join(whose)} was not measured, the limit is {limit:g}"
+    said = f"{figure} of the {' and of the '.join(whose)} was not measured or cannot be, the limit is {limit:g}"
     return RuleResult(rule, limit, against, figure, mine, theirs, None, False, f"{rule}: {said}")
 
 
@@ -168,8 +168,11 @@ def _percent(share: float) -> str:
 
 
 def _number(figures: Figures, name: str) -> float | None:
+    """A figure; None where it is absent or cannot be: all that is looked at here is above zero."""
     value = figures.get(name)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+        return None
+    return float(value)
 
 
 def _ratio(numerator: float | None, denominator: float | None) -> float:

@@ -14,8 +14,8 @@ from cluster.canaries import Canary, begin, running_canary, taken_down_before
 from cluster.champions import Champion, current_champion, database_url, opened
 from cluster.crowning import announce, has_registry, refuse, settle_in, take_the_crown
 from cluster.errors import ConfigError, CorruptArtifact, PromotionRefused
-from cluster.promotions import advance, kept_alive, propose
-from cluster.published import check_version, read_manifest, read_through
+from cluster.promotions import Promotion, advance, kept_alive, propose
+from cluster.published import check_version, manifest_sha256, read_manifest
 from cluster.registry import find_version
 from cluster.storage import split_uri
 from cluster.tracking import tracking_uri
@@ -64,7 +64,9 @@ def promote(
         again = seen is not None and seen.is_version(version)
 
         def look() -> tuple[dict[str, Any], str]:
-            reigning = Reigning(absent="this version is champion already") if again else _reigning(config, seen)
+            reigning = Reigning(absent="this version is champion already")
+            if not again:
+                reigning = _reigning(config, seen, version)
             verdict = judge(config, candidate, student, teacher, reigning)
             reason = _damage(version)
             if not force:
@@ -134,7 +136,14 @@ def _challenger(canary: Canary) -> dict[str, Any]:
 
 def _taken_down(engine: Engine, model_name: str, version: dict[str, str]) -> str:
     """Why a version must not be canary again; empty if it may."""
-    before = taken_down_before(engine, model_name, version["manifest_sha256"])
+    files = _manifest(version["uri"]).get("files")
+
+    def is_same(promotion: Promotion) -> bool:
+        """Manifests also hold what was measured, so that those of the same files may differ."""
+        same_manifest = promotion.manifest_sha256 == version["manifest_sha256"]
+        return same_manifest or (bool(files) and _manifest(promotion.uri).get("files") == files)
+
+    before = taken_down_before(engine, model_name, is_same)
     if before is None:
         return ""
     return (
@@ -152,16 +161,21 @@ def _manifest(uri: str) -> dict[str, Any]:
         return {}
 
 
-def _reigning(config: PromoteConfig, champion: Champion | None) -> Reigning:
-    """The champion's recorded figures, for rules that ask for them. One whose files are damaged is no measure."""
+def _reigning(config: PromoteConfig, champion: Champion | None, candidate: dict[str, str]) -> Reigning:
+    """The champion's recorded figures, for rules that ask for them: those of the manifest that was registered, whatever
+    became of its weights. None if that is gone, and none of quality if it was measured on other text than the
+    candidate; the rules then refuse."""
     rules = config.champion
     if champion is None or (rules.max_quality_drop is None and rules.max_latency_ratio is None):
         return Reigning()
-    try:
-        manifest = read_through(champion.uri, champion.manifest_sha256)
-    except CorruptArtifact as error:
-        return Reigning(absent=f"the champion, version {champion.version}, is damaged ({error})")
-    return Reigning(f"champion, version {champion.version}", manifest.get("measured") or {})
+    name, manifest = f"champion, version {champion.version}", _manifest(champion.uri)
+    if manifest_sha256(manifest) != champion.manifest_sha256:
+        return Reigning(f"{name}, whose manifest is gone or damaged,", {})
+    measured = manifest.get("measured") or {}
+    if manifest.get("data_fingerprint") != _manifest(candidate["uri"]).get("data_fingerprint"):
+        timed = {key: value for key, value in measured.items() if not key.startswith("bits_per_byte")}
+        return Reigning(f"{name}, on the candidate's held-out text,", timed)
+    return Reigning(name, measured)
 
 
 def _damage(version: dict[str, str]) -> str:

@@ -22,11 +22,13 @@ def end_running_canary(model_name: str, database: str, tracking: str) -> Canary 
         return None
     with opened(database) as engine:
         settle_in(engine, model_name, tracking)
-        canary = running_canary(engine, model_name)
-        if canary is None:
-            return None
-        process = this_process()
-        ended = end_canary(engine, canary, "ended", f"ended by {process.user}@{process.host} with `raystill rollback`")
+        process, ended = this_process(), None
+        while ended is None:  # the endpoint may take it a step up in between
+            canary = running_canary(engine, model_name)
+            if canary is None:
+                return None
+            said = f"ended by {process.user}@{process.host} with `raystill rollback`"
+            ended = end_canary(engine, canary, "ended", said)
         announce(engine, model_name, tracking)
         return ended
 

@@ -134,14 +134,16 @@ def quality_figures(sums: RowSums, resamples: int, seed: int) -> dict[str, float
     resample of rows giving a ratio of sums; none with a single row.
 
     Raises:
-        ValueError: the loss is not finite, or beyond what a perplexity can say.
+        ValueError: nothing was scored, or the loss is not finite or beyond what a perplexity can say.
     """
     columns = {"nats": sums.nats, "positions": sums.positions, "bytes": sums.num_bytes}
     if sums.has_teacher:
         columns |= {"divergence": sums.divergences, "agreement": sums.agreements}
     of_row = {name: np.asarray(values, np.float64) for name, values in columns.items()}
     total = {name: float(values.sum()) for name, values in of_row.items()}
-    nats = total["nats"] / max(1.0, total["positions"])
+    if not total["positions"] or not total["bytes"]:
+        raise ValueError("no position was scored")
+    nats = total["nats"] / total["positions"]
     if not nats < _MOST_NATS:
         raise ValueError(f"a loss of {nats} nats per token")
     ratios = {"bits_per_byte": ("nats", "bytes"), "perplexity": ("nats", "positions")}
@@ -149,7 +151,7 @@ def quality_figures(sums: RowSums, resamples: int, seed: int) -> dict[str, float
         ratios |= {"kl_to_teacher": ("divergence", "positions"), "agreement": ("agreement", "positions")}
     out: dict[str, float] = {"rows": len(of_row["nats"]), "positions": int(total["positions"])}
     for name, (above, below) in ratios.items():
-        value = total[above] / max(1.0, total[below])
+        value = total[above] / total[below]
         ends = interval(of_row[above], of_row[below], resamples, seed)
         for ending, number in zip(("", "_low", "_high"), (value, *(ends or ())), strict=False):
             out[f"{name}{ending}"] = _in_its_unit(name, number)

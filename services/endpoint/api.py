@@ -196,7 +196,8 @@ def build_api(
         return texts
 
     def check_model(model: str) -> None:
-        if model.partition("@")[0] != arguments.model_name:  # NAME@champion and the like are for the router
+        named = model if place == "alone" else model.partition("@")[0]  # NAME@champion and the like are for the router
+        if named != arguments.model_name:
             message = f"The model {model[:128]!r} does not exist; this endpoint serves {arguments.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 

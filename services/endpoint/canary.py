@@ -50,6 +50,8 @@ class Observation:
     """Of a comparison, mean |difference of log-probabilities| in nats per token."""
     agreement: float | None = None
     """Of a comparison, share of the first tokens that are the same."""
+    departed: bool = False
+    """The client left before an answer began, `ttft_s` after it came; such a request counts by its time alone."""
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Sample:
     token_s: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
 
     def add(self, seen: Observation) -> None:
-        self.requests += 1
+        self.requests += not seen.departed
         self.errors += not seen.ok
         if seen.ok and seen.ttft_s is not None:
             self.ttft_s.append(seen.ttft_s)

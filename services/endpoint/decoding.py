@@ -93,6 +93,10 @@ class Choosing:
     generator: torch.Generator
 
 
+_COLDEST = 1e-6
+"""Below, the most likely token is taken: a float32 cannot divide by much less."""
+
+
 def choose_tokens(logits_NV: Tensor, rules: list[Choosing]) -> list[int]:
     """Draws a token id for each row, by its own rule and from its own generator, which gives one number for a token.
 
@@ -100,7 +104,7 @@ def choose_tokens(logits_NV: Tensor, rules: list[Choosing]) -> list[int]:
     nothing but the row and its generator.
     """
     chosen = logits_NV.argmax(-1).tolist()
-    drawn = [row for row, rule in enumerate(rules) if rule.temperature > 0]
+    drawn = [row for row, rule in enumerate(rules) if rule.temperature >= _COLDEST]
     if not drawn:
         return chosen
     logits = logits_NV[drawn] if len(drawn) < len(rules) else logits_NV

@@ -20,8 +20,9 @@ from cluster.logs import setup_logging
 from cluster.resources import process_environment
 from services.endpoint.api import build_api
 from services.endpoint.canary import Observation
+from services.endpoint.exchange import Exchange
 from services.endpoint.metrics import RouterMetrics
-from services.endpoint.router import Exchange, Router, put_router_into
+from services.endpoint.router import Router, put_router_into
 from services.endpoint.schema import EndpointArguments
 from services.endpoint.supervisor import Supervisor
 from services.endpoint.traffic import Route, RoutingTable
@@ -49,10 +50,10 @@ class SupervisorReplica:
         threading.Thread(target=work, name="supervisor", daemon=True).start()
 
     async def exchange(
-        self, router: str, observations: list[Observation], in_flight: dict[str, int], table: int
+        self, router: str, message: int, observations: list[Observation], in_flight: dict[str, int], table: int
     ) -> tuple[RoutingTable, dict[str, Any]]:
         """See `Supervisor.exchange`."""
-        return self._supervisor.exchange(router, observations, in_flight, table)
+        return self._supervisor.exchange(router, message, observations, in_flight, table)
 
 
 @serve.deployment(graceful_shutdown_timeout_s=60)
@@ -74,7 +75,7 @@ class Endpoint:
             return supervisor.exchange.remote(*said).result(timeout_s=30)
 
         def warm(route: Route) -> None:
-            serve.get_deployment_handle(DEPLOYMENT, app_name=route.app).describe.remote().result(timeout_s=30)
+            serve.get_deployment_handle(DEPLOYMENT, app_name=route.app).describe.remote().result(timeout_s=10)
             versions[route.app] = RemoteVersion(route)
 
         metrics = RouterMetrics(self._arguments.model_name)

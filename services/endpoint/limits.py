@@ -34,17 +34,18 @@ class TokenBucket:
 
     def __init__(self, per_minute: float, now: float) -> None:
         self.per_minute = per_minute
-        self._level = per_minute
+        self.most = max(1.0, per_minute)
+        self._level = self.most
         self._at = now
 
     def level(self, now: float) -> float:
         """What could be taken now; below zero when more was charged than was there."""
         elapsed_s = max(0.0, now - self._at)
-        return min(self.per_minute, self._level + elapsed_s * self.per_minute / 60)
+        return min(self.most, self._level + elapsed_s * self.per_minute / 60)
 
     def charge(self, amount: float, now: float) -> None:
         """Takes `amount`, also if it is not there; a negative one gives back."""
-        self._level, self._at = min(self.per_minute, self.level(now) - amount), now
+        self._level, self._at = min(self.most, self.level(now) - amount), now
 
     def wait_s(self, amount: float, now: float) -> float:
         """Seconds until `amount` could be taken, 0 if it can be now."""
@@ -85,19 +86,19 @@ class KeyLimits:
         now = self._clock()
         for name, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket is not None:
-                found[f"x-ratelimit-limit-{name}"] = str(int(bucket.per_minute))
+                found[f"x-ratelimit-limit-{name}"] = str(math.ceil(bucket.per_minute))
                 found[f"x-ratelimit-remaining-{name}"] = str(max(0, int(bucket.level(now))))
-                found[f"x-ratelimit-reset-{name}"] = duration(bucket.wait_s(bucket.per_minute, now))
+                found[f"x-ratelimit-reset-{name}"] = duration(bucket.wait_s(bucket.most, now))
         return found
 
     def _take(self, bucket: TokenBucket | None, amount: int, what: str) -> None:
         if bucket is None:
             return
-        now = self._clock()
-        if amount > bucket.per_minute:
+        now, limit = self._clock(), f"{math.ceil(bucket.per_minute)} {what} per minute"
+        if amount > bucket.most:
             raise ApiError(
                 429,
-                f"Request too large: it may cost {amount} {what}, this key has {int(bucket.per_minute)} per minute",
+                f"Request too large: it may cost {amount} {what}, this key has {limit}",
                 kind=what,
                 code="rate_limit_exceeded",
                 headers={"x-should-retry": "false"},
@@ -106,7 +107,7 @@ class KeyLimits:
         if wait_s > 0:
             raise ApiError(
                 429,
-                f"Rate limit reached: {int(bucket.per_minute)} {what} per minute; try again in {duration(wait_s)}",
+                f"Rate limit reached: {limit}; try again in {duration(wait_s)}",
                 kind=what,
                 code="rate_limit_exceeded",
                 headers={"retry-after": str(min(LONGEST_WAIT_S, math.ceil(wait_s)))},
@@ -132,7 +133,7 @@ class Limits:
 
 
 def _bucket(per_minute: int | None, num_shares: int, now: float) -> TokenBucket | None:
-    return TokenBucket(max(1.0, per_minute / num_shares), now) if per_minute is not None else None
+    return TokenBucket(per_minute / num_shares, now) if per_minute is not None else None
 
 
 def duration(seconds: float) -> str:

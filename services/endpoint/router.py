@@ -1,10 +1,10 @@
 """In front of the versions: picks who answers a request, forwards it, passes the answer on, and keeps the score.
 
 It is the innermost layer of the HTTP interface: keys and limits are checked before it, and what is no question to a
-model (health, the list of models, the page) never comes to it. A request that the challenger fails before a first text
-was sent is answered by the champion instead, and counted against the challenger; one whose replica died before that is
-asked once more. After the first text the answer belongs to the version that began it: if that breaks off, the stream
-ends with an error event.
+model (health, the list of models, the page) never comes to it. A request that the challenger fails, refuses, or leaves
+waiting before a first text was sent is answered by the champion instead, and counted against the challenger (a refusal
+if the champion did answer; having no room is no fault); one whose replica died before that is asked once more. After
+the first text the answer belongs to the version that began it: if that breaks off, the stream ends with an error event.
 """
 
 import asyncio
@@ -45,6 +45,8 @@ _KEPT_OBSERVATIONS = 10_000
 """While the supervisor is away; then the oldest are forgotten."""
 _LOOK_S = 2.0
 """How often a request that waits looks whether there is anything to wait for."""
+_PATIENCE_S = 60.0
+"""A challenger may take so long to begin an answer, and three times as long as the champion lately took at most."""
 _MOST_COMPARISONS = 4
 """At one time; while so many run, no other request is compared."""
 _COMPARED_PATHS = ("/v1/completions", "/v1/chat/completions")
@@ -95,6 +97,7 @@ class Router:
         """Set when something was seen that the supervisor should know at once."""
         self._arguments, self._reach, self._metrics = arguments, reach, metrics
         self._seen: deque[Observation] = deque(maxlen=_KEPT_OBSERVATIONS)
+        self._champion_took_s: deque[float] = deque(maxlen=256)
         self._comparisons: set[asyncio.Task[None]] = set()
         self._bodies = BodyReader(arguments.max_body_bytes, _BODIES * arguments.max_body_bytes)
 
@@ -151,13 +154,15 @@ class Router:
         if first is None or table.champion is None:
             raise unavailable(f"No model is served: {table.problem}", "model_not_ready", retry_after_s=5)
         route = first
-        attempt = _Attempt(self, table, route, account)
+        by_name = "@" in asked.model
+        attempt = _Attempt(self, table, route, account, replaceable=not by_name and route == table.challenger)
         answered = await attempt.run(request, body, send)
-        if not answered and not self.table.stalled and "@" not in asked.model:
-            table = self.table
+        if not answered and not self.table.stalled and not by_name:
+            first_attempt, table = attempt, self.table
             route = table.champion or route
             attempt = _Attempt(self, table, route, account)
             answered = await attempt.run(request, body, send)
+            first_attempt.count_refusal(attempt.ok)
         if not answered:
             raise _no_replica()
         if route == table.champion and attempt.ok and scope["path"] in _COMPARED_PATHS:
@@ -165,6 +170,14 @@ class Router:
 
     def version(self, route: Route) -> Asked:
         return self._reach(route)
+
+    def patience_s(self) -> float:
+        """How long a challenger may take to begin an answer."""
+        return max(_PATIENCE_S, 3 * max(self._champion_took_s, default=0.0))
+
+    def began(self, table: RoutingTable, route: Route, took_s: float) -> None:
+        if route == table.champion:
+            self._champion_took_s.append(took_s)
 
     def count(self, route: Route, change: int) -> None:
         self.in_flight[route.app] += change
@@ -204,10 +217,12 @@ class Router:
             self.count(challenger, 1)
             found = await self.version(challenger).compare(path, body, begun)
         except Exception as error:
-            logger.warning("Version %s failed on a copy: %s", challenger.version, _first_line(error))
+            if _has_no_room(error):
+                return
+            logger.warning("Version %s failed on a copy: %s", challenger.version, first_line(error))
         finally:
             self.count(challenger, -1)
-            self._observe_copy(table, challenger, found)
+        self._observe_copy(table, challenger, found)
 
     def _observe_copy(self, table: RoutingTable, route: Route, found: dict[str, Any]) -> None:
         seen = Observation(
@@ -224,11 +239,26 @@ class Router:
 
 
 class _Attempt:
-    """One request at one version."""
+    """One request at one version.
 
-    def __init__(self, router: Router, table: RoutingTable, route: Route, account: Counting) -> None:
+    Args:
+        replaceable: whether the champion answers if this version does not.
+    """
+
+    def __init__(
+        self, router: Router, table: RoutingTable, route: Route, account: Counting, replaceable: bool = False
+    ) -> None:
         self._router, self._table, self._route, self._account = router, table, route, account
+        self._replaceable = replaceable
+        self._began_at = time.monotonic()
+        self._refusal: int | None = None
+        self._begun = False
         self.ok = False
+
+    def count_refusal(self, champion_answered: bool) -> None:
+        """Counts a 4xx that was kept back: the client's mistake, unless the champion answered the same request."""
+        if self._refusal is not None:
+            self._observe("refused" if champion_answered else str(self._refusal), None, ok=not champion_answered)
 
     async def run(self, request: Request, body: bytes, send: Send) -> bool:
         """Whether the request was answered; false only if nothing was sent, so that another version may answer."""
@@ -247,38 +277,53 @@ class _Attempt:
                 await parts.aclose()  # ends what is still being decoded
 
     async def _pass_on(self, parts: AsyncGenerator[Part], gone: "asyncio.Future[None]", send: Send) -> bool:
-        begun = False
         while True:
             try:
-                status, headers, content, figures = await _first_of(parts, gone, self._is_stalled)
+                status, headers, content, figures = await _first_of(parts, gone, self._is_hopeless)
             except (ClientDisconnect, asyncio.CancelledError):
                 self._account.use_reserved()  # what it did cost is known only when it ends by itself
+                if not self._begun:
+                    self._observe_departure()
                 raise
             except Exception as error:  # the replica died, or raised what its interface did not catch
-                logger.warning("Version %s broke off an answer: %s", self._route.version, _first_line(error))
+                logger.warning("Version %s broke off an answer: %s", self._route.version, first_line(error))
                 self._observe("broken", None)
-                if begun:
+                if self._begun:
                     await _end_with_error(send)
-                return begun
+                return self._begun
             failed = status >= 500 or (figures is not None and not figures["ok"])
-            if failed and not begun and self._route == self._table.challenger:
-                self._observe(str(status) if status >= 500 else "broken", figures, ok=False)
+            if failed and not self._begun and self._replaceable:
+                self._observe(str(status) if status >= 500 else "broken", None, ok=False)
                 return False
-            if not begun:
+            if not self._begun and self._replaceable and 400 <= status < 500:
+                self._refusal = status
+                return False
+            if not self._begun:
+                self._router.began(self._table, self._route, time.monotonic() - self._began_at)
                 await send({"type": "http.response.start", "status": status, "headers": headers})
-                begun = True
+                self._begun = True
             await send({"type": "http.response.body", "body": content, "more_body": figures is None})
             if figures is not None:
                 self.ok = not failed and status < 400
                 self._observe("broken" if failed and status < 500 else str(status), figures, ok=not failed)
                 return True
 
-    def _is_stalled(self) -> bool:
+    def _is_hopeless(self) -> bool:
+        """Whether nothing more is to be waited for."""
+        if self._replaceable and not self._begun and time.monotonic() - self._began_at > self._router.patience_s():
+            return True
         table = self._router.table
         return table.stalled and table.champion == self._route
 
+    def _observe_departure(self) -> None:
+        """The client left before an answer began: it would have taken at least so long."""
+        waited_s = time.monotonic() - self._began_at
+        seen = Observation(self._route.manifest_sha256, True, ttft_s=waited_s, trial=self._table.trial, departed=True)
+        self._router.observe(self._table, self._route, "499", seen)
+
     def _observe(self, status: str, figures: dict[str, Any] | None, ok: bool = False) -> None:
-        """An answer of status 4xx is the client's mistake: it is counted, and says nothing about the version."""
+        """An answer of status 4xx is the client's mistake, and one of 503 lacks room: they are counted, and say nothing
+        about the version."""
         found = figures or {}
         self._account.use(found.get("prompt_tokens", 0) + found.get("completion_tokens", 0))
         answered = ok and not status.startswith("4")
@@ -289,7 +334,7 @@ class _Attempt:
             token_s=found.get("token_s") if answered else None,
             prompt_tokens=found.get("prompt_tokens", 0),
             completion_tokens=found.get("completion_tokens", 0),
-            trial=None if status.startswith("4") else self._table.trial,
+            trial=None if status.startswith("4") or status == "503" else self._table.trial,
         )
         self._router.observe(self._table, self._route, status, seen)
 
@@ -298,14 +343,14 @@ async def _first_of(parts: AsyncGenerator[Part], gone: "asyncio.Future[None]", g
     """The next part, or `ClientDisconnect` as soon as nobody waits for it.
 
     Raises:
-        ConnectionError: `give_up`, asked now and then, says that none will come.
+        ConnectionError: `give_up`, asked now and then, says that none is to be waited for.
     """
     following = asyncio.ensure_future(anext(parts))
     both: set[asyncio.Future[Any]] = {following, gone}
     try:
         while not (await asyncio.wait(both, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED))[0]:
             if give_up():
-                raise ConnectionError("no replica runs")
+                raise ConnectionError("no replica runs, or none answers")
         if not following.done():
             raise ClientDisconnect
         return following.result()
@@ -320,6 +365,11 @@ def _no_replica() -> ApiError:
     return unavailable("No replica of the model runs now; try again.", "replica_ended", retry_after_s=1)
 
 
+def _has_no_room(error: Exception) -> bool:
+    cause = getattr(error, "cause", error)  # Ray wraps what a replica raised
+    return isinstance(cause, ApiError) and cause.status == 503
+
+
 async def _until_gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -330,7 +380,7 @@ async def _end_with_error(send: Send) -> None:
     await send({"type": "http.response.body", "body": content, "more_body": False})
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return f"{type(error).__name__} ({(str(error).strip().splitlines() or [''])[0][:200]})"
 
 
@@ -359,61 +409,3 @@ def put_router_into(api: FastAPI, router: Router) -> FastAPI:
         return JSONResponse(router.traffic)
 
     return api
-
-
-class Exchange:
-    """A thread that tells the supervisor what the router saw, and brings back who is to answer.
-
-    Args:
-        ask: sends `(router's name, observations, requests in flight, number of the table in use)` to the supervisor,
-            returns the table and what is said of the traffic.
-        warm: called with a route before the first request goes there.
-    """
-
-    def __init__(
-        self,
-        router: Router,
-        ask: Callable[[str, list[Observation], dict[str, int], int], tuple[RoutingTable, dict[str, Any]]],
-        warm: Callable[[Route], None],
-        poll_s: float,
-    ) -> None:
-        self._router, self._ask, self._warm, self._poll_s = router, ask, warm, poll_s
-        self._unsaid: list[Observation] = []
-        self._known: set[str] = set()
-        self._stopping = threading.Event()
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, name="router-exchange", daemon=True).start()
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self._router.urgent.set()
-
-    def once(self) -> None:
-        """One exchange. A table is used only when each of its versions has answered this router."""
-        router = self._router
-        self._unsaid = [*self._unsaid, *router.take_observations()][-_KEPT_OBSERVATIONS:]
-        in_flight = {app: count for app, count in list(router.in_flight.items()) if count}
-        table, router.traffic = self._ask(router.name, self._unsaid, in_flight, router.table.number)
-        self._unsaid = []
-        for route in table.routes():
-            if route.app not in self._known:
-                self._warm(route)
-                self._known.add(route.app)
-        self._known &= {route.app for route in table.routes()}
-        router.table = table
-
-    def _run(self) -> None:
-        failing = False
-        while not self._stopping.is_set():
-            try:
-                self.once()
-                failing = False
-            except Exception as error:  # requests go on with the table at hand
-                if not failing:
-                    logger.warning("The supervisor cannot be asked (%s); the table stays", _first_line(error))
-                failing = True
-            began = time.monotonic()
-            self._router.urgent.wait(self._poll_s)
-            self._router.urgent.clear()
-            time.sleep(max(0.0, min(0.05, self._poll_s) - (time.monotonic() - began)))

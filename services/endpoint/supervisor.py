@@ -80,6 +80,7 @@ class _Heard:
     """A router's last word."""
 
     at: float
+    message: int
     table: int
     in_flight: dict[str, int]
 
@@ -111,7 +112,8 @@ class Supervisor:
             arguments.model_name, arguments.database, self._bring_up
         )
         self._lock = threading.Lock()
-        self._table = RoutingTable()
+        # Numbers grow over a restart too: routers tell by them that they use what this supervisor said.
+        self._table = RoutingTable(number=time.time_ns() // 1_000_000)
         self._trial: _Trial | None = None
         self._taken_down: dict[int, Decision] = {}
         """Promotions whose challenger must not serve, whatever the row still says."""
@@ -134,14 +136,20 @@ class Supervisor:
     # --- what routers ask ---
 
     def exchange(
-        self, router: str, observations: list[Observation], in_flight: dict[str, int], table: int
+        self, router: str, message: int, observations: list[Observation], in_flight: dict[str, int], table: int
     ) -> tuple[RoutingTable, dict[str, Any]]:
-        """Takes in what a router saw; returns the table to use from now on, and what is to be said of the traffic."""
+        """Takes in what a router saw; returns the table to use from now on, and what is to be said of the traffic.
+
+        Args:
+            message: its number; the observations of one that was heard before are not counted again.
+        """
         with self._lock:
             now = self._clock()
-            self._routers[router] = _Heard(now, table, in_flight)
-            for seen in observations:
-                self._count(now, seen)
+            before = self._routers.get(router)
+            self._routers[router] = _Heard(now, message, table, in_flight)
+            if before is None or before.message != message:
+                for seen in observations:
+                    self._count(now, seen)
             if self._trial is not None:
                 self._judge(self._trial, now)
             return self._table, self._traffic(now)
@@ -152,7 +160,7 @@ class Supervisor:
             trial.evidence.add(seen)
         if not seen.shadow:
             known = self._seen.setdefault(seen.manifest_sha256, _Seen())
-            known.requests += 1
+            known.requests += not seen.departed
             known.errors += not seen.ok
             known.recent.append((now, seen))
 
@@ -287,7 +295,7 @@ class Supervisor:
             logger.warning("Version %s is taken down: %s", canary.version, taken.reason)
             end_canary(engine, canary, "failed", taken.reason, taken.figures)
             wrote = True
-        elif canary is not None and trial is not None and canary.revision == trial.canary.revision:
+        elif canary is not None and trial is not None and _same(canary, trial.canary):
             if trial.decision.action == "advance":
                 next_step(engine, canary, trial.decision.figures)
                 wrote = True
@@ -326,6 +334,8 @@ class Supervisor:
 
     def _sweep(self) -> None:
         """Ends applications that nobody needs: in no table, not starting, and without requests in any router."""
+        if self._table.champion is None:
+            return  # started anew: what is there may still serve
         needed = {route.app for route in self._table.routes()}
         if self._arguments.keep_previous and self._previous is not None:
             needed.add(self._previous.app)
@@ -380,6 +390,11 @@ class Supervisor:
             "state": trial.decision.reason,
             "figures": trial.decision.figures,
         }
+
+
+def _same(one: Canary, other: Canary) -> bool:
+    """Revisions begin anew with every canary."""
+    return (one.promotion_id, one.revision) == (other.promotion_id, other.revision)
 
 
 def _figures(known: _Seen, now: float) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class RoutingTable:
 
 def place(salt: str, subject: str) -> float:
     """Where a subject lies in [0, 1): evenly spread over subjects, and always the same for one."""
-    digest = hashlib.sha256(f"{salt}\0{subject}".encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(f"{salt}\0{subject}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:7], "big") / 2**56
 
 

@@ -65,11 +65,11 @@ def test_canary_that_failed_leaves_the_champion_and_is_remembered(engine: Engine
     assert (ended.state, ended.share) == ("failed", 0.0)
     assert current_champion(engine, MODEL).version == "1"
     assert states(engine) == ["crowned", "rolled_back"]
-    before = taken_down_before(engine, MODEL, canary.manifest_sha256)
+    before = taken_down_before(engine, MODEL, lambda item: item.manifest_sha256 == canary.manifest_sha256)
     assert before.reason == "error rate: 3 of 3"
-    assert taken_down_before(engine, MODEL, artefact(3)["manifest_sha256"]) is None
+    assert taken_down_before(engine, MODEL, lambda item: item.version == "3") is None
     crown_one(str(engine.url), 2)  # forced, and it reigned
-    assert taken_down_before(engine, MODEL, canary.manifest_sha256) is None
+    assert taken_down_before(engine, MODEL, lambda item: item.manifest_sha256 == canary.manifest_sha256) is None
 
 
 def test_second_canary_waits_for_the_end_of_the_first(engine: Engine) -> None:

@@ -142,6 +142,7 @@ def test_echo_with_no_new_tokens_scores_the_prompt(client: TestClient) -> None:
         ("POST", "/v1/completions", b"", 400, "invalid_json"),
         ("POST", "/v1/completions", b'{"model": "x"}', 400, "missing_required_parameter"),
         ("POST", "/v1/completions", b'{"model": "x", "prompt": "a"}', 404, "model_not_found"),
+        ("POST", "/v1/completions", b'{"model": "tiny-student@champion", "prompt": "a"}', 404, "model_not_found"),
         ("POST", "/v1/completions", b'{"model": "\\ud800", "prompt": "a"}', 400, "invalid_json"),
         ("POST", "/v1/chat/completions", b'{"n": NaN}', 400, "invalid_json"),
         ("POST", "/v1/completions", b" " * 5000, 413, "request_too_large"),

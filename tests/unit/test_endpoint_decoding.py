@@ -133,8 +133,11 @@ def test_choose_token_top_p_keeps_the_smallest_set() -> None:
     assert drawn == {0.0: {1}, 0.4: {1}, 0.7: {1, 3}, 0.8: {1, 2, 3}}
 
 
-def test_choose_token_survives_tiny_temperatures() -> None:
-    assert choose_token(torch.tensor([1.0, 2.0]), 1e-300, 1.0, torch.Generator()) == 1
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e-44, 1e-30, 1e-6])
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_choose_token_survives_tiny_temperatures(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([1.0, -3.0, 2.0, 0.5])
+    assert {choose_token(logits, temperature, top_p, torch.Generator().manual_seed(n)) for n in range(20)} == {2}
 
 
 def test_token_logprobs_equal_log_softmax_and_have_a_floor() -> None:

@@ -156,6 +156,20 @@ def test_shares_of_two_processes_are_the_limit_together(clock):
 # --- places -----------------------------------------------------------------------------------------------------------
 
 
+def test_small_limit_shared_by_many_processes_grants_its_rate(clock):
+    shares = [Limits(8, clock) for _ in range(8)]
+    granted = 0
+    for _ in range(600):
+        for share in shares:
+            try:
+                share.of(a_key(requests=1)).take_request()
+                granted += 1
+            except ApiError:
+                pass
+        clock.now += 1
+    assert 10 <= granted <= 10 + 8  # one a minute, and one at once in each
+
+
 def test_places_are_bounded_and_come_back(clock):
     admission = Admission(3, 100, clock)
     for _ in range(3):

@@ -12,11 +12,10 @@ from starlette.testclient import TestClient
 
 from cluster.api_keys import create_key, opened_keys
 from services.endpoint import router
-from services.endpoint import versions as version_module
 from services.endpoint.api import build_api
 from services.endpoint.canary import Observation
 from services.endpoint.metrics import RouterMetrics
-from services.endpoint.router import Exchange, Part, Router, put_router_into
+from services.endpoint.router import Part, Router, put_router_into
 from services.endpoint.schema import EndpointArguments
 from services.endpoint.traffic import Reign, Route, RoutingTable, place
 from services.endpoint.versions import Version
@@ -64,8 +63,11 @@ class Broken:
     async def answer(self, *asked: Any) -> AsyncGenerator[Part]:
         if self._how == "dies":
             raise RuntimeError("the actor died")
-        if self._how == "500":
-            yield 500, [(b"content-type", b"application/json")], b"{}", {"ok": True}
+        if self._how == "hangs":
+            await asyncio.Event().wait()
+        if self._how.isdigit():
+            figures = {"ok": True, "prompt_tokens": 50_000, "completion_tokens": 20_000}
+            yield int(self._how), [(b"content-type", b"application/json")], b"{}", figures
             return
         async for part in self._real.answer(*asked):
             if self._how == "decoding raises":
@@ -206,7 +208,7 @@ def test_request_may_name_the_version_that_answers(bench: Bench, client: TestCli
     for model, route in (("champion", bench.old), ("challenger", bench.new), ("1", bench.old), ("2", bench.new)):
         assert answered_by(f"{MODEL}@{model}") == {route.manifest_sha256}
     bench.break_version(bench.new, "500")
-    assert client.post("/v1/completions", json={**TEXT, "model": f"{MODEL}@challenger"}).status_code == 503
+    assert client.post("/v1/completions", json={**TEXT, "model": f"{MODEL}@challenger"}).status_code == 500
     bench.set(share=0.0)
     for model in (f"{MODEL}@challenger", f"{MODEL}@3", f"{MODEL}@", "other@champion"):
         found = client.post("/v1/completions", json={**TEXT, "model": model})
@@ -225,6 +227,22 @@ def test_tokens_of_a_key_are_what_the_version_counted(
     again = client.post("/v1/completions", json={**TEXT, "max_tokens": 0}, headers=headers)
     left = int(again.headers["x-ratelimit-remaining-tokens"])
     assert abs(100_000 - used - left) < 100  # the second request's own reservation, and what a second fills
+
+
+def test_key_does_not_pay_for_a_challenger_that_failed(
+    arguments: EndpointArguments, versions: dict[str, Any], tmp_path: Path
+) -> None:
+    database = f"sqlite:///{tmp_path}/champions.db"
+    with opened_keys(database) as engine:
+        _, key = create_key(engine, "test", tokens_per_minute=100_000)
+    bench = Bench(arguments.replace(database=database), versions)
+    bench.set(share=1.0)
+    bench.break_version(bench.new, "500")
+    client = TestClient(bench.api)
+    headers = {"authorization": f"Bearer {key}"}
+    assert client.post("/v1/completions", json=TEXT, headers=headers).status_code == 200
+    again = client.post("/v1/completions", json={**TEXT, "max_tokens": 0}, headers=headers)
+    assert int(again.headers["x-ratelimit-remaining-tokens"]) > 99_000
 
 
 def test_health_and_models_are_the_router_s(bench: Bench, client: TestClient) -> None:
@@ -252,6 +270,85 @@ def test_challenger_that_fails_costs_no_user_an_answer(
     assert (failed.ok, failed.manifest_sha256, failed.trial) == (False, bench.new.manifest_sha256, (7, 0))
     assert (answered.ok, answered.manifest_sha256) == (True, bench.old.manifest_sha256)
     assert bench.router.urgent.is_set(), "the supervisor is told at once"
+
+
+@pytest.mark.parametrize("mistake", [False, True])
+def test_refusal_of_the_challenger_is_its_fault_if_the_champion_answers(
+    bench: Bench, client: TestClient, mistake: bool
+) -> None:
+    bench.set(share=1.0)
+    bench.break_version(bench.new, "400")
+    body = {**TEXT, "n": -1} if mistake else TEXT
+    response = client.post("/v1/completions", json=body)
+    assert response.status_code == (400 if mistake else 200)
+    assert ("error" in response.json()) == mistake, "the champion's answer"
+    champion, challenger = bench.seen()
+    assert challenger.manifest_sha256 == bench.new.manifest_sha256
+    assert (challenger.ok, challenger.trial) == ((True, None) if mistake else (False, (7, 0)))
+    assert champion.ok
+
+
+def test_challenger_without_room_is_not_at_fault(bench: Bench, client: TestClient) -> None:
+    bench.set(share=1.0)
+    bench.break_version(bench.new, "503")
+    assert text_of(client.post("/v1/completions", json=TEXT))
+    full, answered = bench.seen()
+    assert (full.manifest_sha256, full.trial) == (bench.new.manifest_sha256, None)
+    assert answered.ok
+
+
+def test_challenger_that_hangs_is_left_and_counted(
+    bench: Bench, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router, "_LOOK_S", 0.01)
+    monkeypatch.setattr(router, "_PATIENCE_S", 0.05)
+    bench.set(share=1.0)
+    bench.break_version(bench.new, "hangs")
+    assert text_of(client.post("/v1/completions", json=TEXT))
+    failed, answered = bench.seen()
+    assert (failed.ok, failed.manifest_sha256, failed.trial) == (False, bench.new.manifest_sha256, (7, 0))
+    assert answered.ok
+
+
+def test_slow_champion_gives_its_challenger_time(bench: Bench) -> None:
+    assert bench.router.patience_s() == router._PATIENCE_S
+    bench.router.began(bench.router.table, bench.old, 50.0)
+    bench.router.began(bench.router.table, bench.new, 500.0)
+    assert bench.router.patience_s() == 150
+
+
+def test_client_that_leaves_before_an_answer_says_how_long_it_waited(bench: Bench) -> None:
+    bench.set(share=1.0)
+    bench.break_version(bench.new, "hangs")
+    body = json.dumps(TEXT).encode()
+    sent: list[Any] = []
+
+    async def leave() -> None:
+        left = asyncio.Event()
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Any:
+            if (message := next(messages, None)) is not None:
+                return message
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"}
+        scope |= {"query_string": b"", "headers": headers, "client": ("127.0.0.1", 1), "scheme": "http"}
+        task = asyncio.ensure_future(bench.api({**scope, "http_version": "1.1", "server": ("x", 1)}, receive, send))
+        await asyncio.sleep(0.3)
+        left.set()
+        await asyncio.wait({task}, timeout=10)
+
+    asyncio.run(leave())
+    [seen] = bench.seen()
+    assert (seen.departed, seen.trial, seen.manifest_sha256) == (True, (7, 0), bench.new.manifest_sha256)
+    assert seen.ttft_s >= 0.25
+    assert bench.router.in_flight.total() == 0
 
 
 def test_stream_that_breaks_off_ends_with_an_error_event(bench: Bench, client: TestClient) -> None:
@@ -329,91 +426,3 @@ def wait_for(bench: Bench, count: int) -> list[Observation]:
         threading.Event().wait(0.02)
     assert len(seen) == count
     return seen
-
-
-def test_stream_is_sent_in_far_fewer_parts_than_tokens(
-    versions: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(version_module, "_FLUSH_S", 0.3)  # so that a machine that is busy sends together too
-    body = json.dumps({**TEXT, "max_tokens": 64, "stream": True}).encode()
-
-    async def parts() -> list[Part]:
-        headers = [(b"content-type", b"application/json")]
-        return [part async for part in versions["1"][0].answer("/v1/completions", b"", headers, body)]
-
-    found = asyncio.run(parts())
-    assert found[0][2].startswith(b"data: ")
-    assert b"".join(part[2] for part in found).count(b"data: ") > 20
-    assert len(found) < 20
-    assert [part[3] is None for part in found] == [True] * (len(found) - 1) + [False]
-
-
-def test_answer_that_nobody_waits_for_is_not_decoded_further(versions: dict[str, Any]) -> None:
-    replica = versions["1"][0]
-    body = json.dumps({**TEXT, "max_tokens": 64, "n": 60, "stream": True, "stop": ["\0never"]}).encode()
-
-    async def leave() -> int:
-        parts = replica.answer("/v1/completions", b"", [(b"content-type", b"application/json")], body)
-        await anext(parts)
-        assert replica.describe()["queue"] == 1
-        await parts.aclose()
-        for _ in range(100):
-            if not replica.describe()["queue"]:
-                break
-            await asyncio.sleep(0.02)
-        return replica.describe()["queue"]
-
-    assert asyncio.run(leave()) == 0
-
-
-# --- what it says to the supervisor -----------------------------------------------------------------------------------
-
-
-def test_exchange_uses_a_table_when_its_versions_have_answered(bench: Bench) -> None:
-    said: list[Any] = []
-    warmed: list[str] = []
-    table = RoutingTable(5, champion=bench.new, reign=REIGN, problem=None)
-
-    def ask(name: str, seen: list[Observation], in_flight: dict[str, int], number: int) -> Any:
-        said.append((name, list(seen), in_flight, number))
-        return table, {"model": MODEL}
-
-    def warm(route: Route) -> None:
-        warmed.append(route.app)
-        if len(warmed) == 1:
-            raise TimeoutError
-
-    exchange = Exchange(bench.router, ask, warm, 1.0)
-    seen = Observation("a", True)
-    bench.router.observe(bench.router.table, bench.old, "200", seen)
-    bench.router.count(bench.old, 1)
-    with pytest.raises(TimeoutError):
-        exchange.once()
-    assert bench.router.table.number == 1
-    exchange.once()
-    exchange.once()
-    assert bench.router.table == table
-    assert warmed == ["v2", "v2"]
-    assert said[0] == (bench.router.name, [seen], {"v1": 1}, 1)
-    assert [(item[1], item[3]) for item in said[1:]] == [([], 1), ([], 5)]
-
-
-def test_exchange_keeps_what_was_seen_while_the_supervisor_is_away(bench: Bench) -> None:
-    heard: list[Observation] = []
-    away = True
-
-    def ask(name: str, seen: list[Observation], in_flight: dict[str, int], number: int) -> Any:
-        if away:
-            raise ConnectionError
-        heard.extend(seen)
-        return bench.router.table, {}
-
-    exchange = Exchange(bench.router, ask, lambda route: None, 1.0)
-    for number in range(3):
-        bench.router.observe(bench.router.table, bench.old, "200", Observation(str(number), True))
-        with pytest.raises(ConnectionError):
-            exchange.once()
-    away = False
-    exchange.once()
-    exchange.once()
-    assert [seen.manifest_sha256 for seen in heard] == ["0", "1", "2"]

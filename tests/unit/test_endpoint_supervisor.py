@@ -3,17 +3,16 @@
 The versions' applications are stand-ins that start, fail and end as a test says; the rows are real.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.canaries import begin, end_canary, latest_canary, running_canary
+from cluster.canaries import begin
 from cluster.champions import Champion, current_champion, open_database
 from cluster.errors import CorruptArtifact
-from cluster.promotions import advance, history, propose
-from jobs.rollback import end_running_canary, rollback
+from cluster.promotions import advance, propose
+from jobs.rollback import rollback
 from services.endpoint import following
 from services.endpoint.canary import Observation
 from services.endpoint.schema import EndpointArguments
@@ -75,10 +74,13 @@ class Endpoint:
         self.supervisor = Supervisor(arguments, self.applications, lambda: self.now)
         self.table = RoutingTable()
         self.traffic: dict[str, Any] = {}
+        self.messages = 0
 
     def tell(self, *observations: Observation, in_flight: dict[str, int] | None = None, router: str = "r") -> None:
         seen = list(observations)
-        self.table, self.traffic = self.supervisor.exchange(router, seen, in_flight or {}, self.table.number)
+        self.messages += 1
+        said = (self.messages, seen, in_flight or {}, self.table.number)
+        self.table, self.traffic = self.supervisor.exchange(router, *said)
 
     def turn(self, times: int = 3) -> None:
         """Some polls, with what was started becoming ready in between."""
@@ -161,7 +163,7 @@ def test_new_champion_is_swapped_in_and_the_old_one_ended_when_its_requests_are_
 
 
 def test_old_version_is_kept_for_a_router_that_does_not_know_the_new_table(endpoint: Endpoint, database: str) -> None:
-    endpoint.supervisor.exchange("slow", [], {}, endpoint.table.number)
+    endpoint.supervisor.exchange("slow", 1, [], {}, endpoint.table.number)
     crown_one(database, 2)
     endpoint.turn()
     assert endpoint.applications.removed == []
@@ -176,13 +178,30 @@ def test_supervisor_started_anew_hears_the_routers_before_it_ends_anything(endpo
     again = Supervisor(EndpointArguments(model_name=MODEL, database=database), endpoint.applications, lambda: 0.0)
     again.poll()
     assert endpoint.applications.removed == []
-    again.exchange("r", [], {"v1": 1}, endpoint.table.number)
+    table, _ = again.exchange("r", 1, [], {"v1": 1}, endpoint.table.number)
     again.poll()
     assert endpoint.applications.removed == []
-    again.exchange("r", [], {}, endpoint.table.number)
+    again.exchange("r", 2, [], {}, endpoint.table.number)
+    again.poll()
+    assert endpoint.applications.removed == [], "it still uses a table of the supervisor before"
+    again.exchange("r", 3, [], {}, table.number)
     again.poll()
     assert endpoint.applications.removed == ["v1"]
     assert endpoint.applications.started == ["v1", "v2"], "what runs already is not started again"
+
+
+def test_supervisor_started_anew_ends_nothing_before_the_champion_runs(endpoint: Endpoint, database: str) -> None:
+    crown_one(database, 2)
+    arguments = EndpointArguments(model_name=MODEL, database=database)
+    endpoint.supervisor = Supervisor(arguments, endpoint.applications, lambda: endpoint.now)
+    endpoint.applications.failing["v2"] = CorruptArtifact("model.safetensors has another sha256")
+    before = endpoint.table.number
+    for _ in range(3):
+        endpoint.turn()
+        endpoint.now += 40
+    assert endpoint.table.champion is None, "a router goes on with the table that it has"
+    assert "v1" not in endpoint.applications.removed
+    assert endpoint.table.number > before
 
 
 def test_previous_champion_is_kept_for_a_rollback_if_asked(database: str) -> None:
@@ -269,160 +288,3 @@ def rollback_without_files(database: str, tracking: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jobs.rollback.check_version", lambda uri, digest: None)
         rollback(MODEL, database, tracking)
-
-
-# --- the canary -------------------------------------------------------------------------------------------------------
-
-
-def test_healthy_challenger_rises_and_reigns(endpoint: Endpoint, engine: Any) -> None:
-    challenge(engine)
-    endpoint.turn()
-    shares = []
-    for _ in range(2):
-        shares.append(endpoint.table.share)
-        endpoint.tell(*endpoint.answers(2, 25), *endpoint.answers(1, 75))
-        assert endpoint.supervisor.urgent.is_set() is False, "its time is not over"
-        endpoint.now += 11
-        endpoint.tell()
-        assert endpoint.supervisor.urgent.is_set()
-        endpoint.turn()
-    assert shares == [0.1, 0.5]
-    assert shown(endpoint.table) == ("2", None, 0.0)
-    assert endpoint.applications.started == ["v1", "v2"]
-    assert endpoint.applications.removed == ["v1"]
-    assert latest_canary(engine, MODEL).state == "passed"
-    assert [item.state for item in history(engine, MODEL)] == ["crowned", "crowned"]
-
-
-def test_failing_challenger_is_out_of_the_table_with_the_exchange_that_saw_it(endpoint: Endpoint, engine: Any) -> None:
-    challenge(engine)
-    endpoint.turn()
-    assert shown(endpoint.table) == ("1", "2", 0.1)
-    endpoint.tell(*endpoint.answers(2, 3, ok=False))
-    assert shown(endpoint.table) == ("1", None, 0.0)
-    assert running_canary(engine, MODEL) is not None, "the weights come first, the row second"
-    endpoint.turn()
-    ended = latest_canary(engine, MODEL)
-    assert (ended.state, ended.reason) == ("failed", "error rate: 3 of 3 answers failed, at most 5.0% may")
-    assert json.loads(ended.figures)["errors"] == 3
-    assert [item.state for item in history(engine, MODEL)] == ["crowned", "rolled_back"]
-    assert endpoint.applications.removed == ["v2"]
-    assert shown(endpoint.table) == ("1", None, 0.0)
-
-
-def test_challenger_stays_out_while_the_database_is_away(endpoint: Endpoint, engine: Any, database: str) -> None:
-    challenge(engine)
-    endpoint.turn()
-    path = Path(database.removeprefix("sqlite:///"))
-    content = path.read_bytes()
-    path.write_bytes(b"not a database")
-    endpoint.tell(*endpoint.answers(2, 3, ok=False))
-    endpoint.turn()
-    assert shown(endpoint.table) == ("1", None, 0.0)
-    path.write_bytes(content)
-    endpoint.turn()
-    assert shown(endpoint.table) == ("1", None, 0.0)
-    assert latest_canary(engine, MODEL).state == "failed"
-
-
-def test_too_little_traffic_moves_nothing(endpoint: Endpoint, engine: Any) -> None:
-    challenge(engine)
-    endpoint.turn()
-    endpoint.tell(*endpoint.answers(2, 19), *endpoint.answers(1, 100))
-    endpoint.now += 10_000
-    endpoint.turn(5)
-    assert shown(endpoint.table) == ("1", "2", 0.1)
-    assert endpoint.traffic["canary"]["state"] == "too little traffic: 19 of 20 answers"
-
-
-def test_answers_of_another_step_do_not_count(endpoint: Endpoint, engine: Any) -> None:
-    challenge(engine)
-    endpoint.turn()
-    first = endpoint.answers(2, 3, ok=False)
-    endpoint.tell(*endpoint.answers(2, 25), *endpoint.answers(1, 75))
-    endpoint.now += 11
-    endpoint.tell()
-    endpoint.turn()
-    assert endpoint.table.share == 0.5
-    endpoint.tell(*first)
-    assert endpoint.table.share == 0.5
-
-
-@pytest.mark.parametrize("error", [CorruptArtifact("x"), RuntimeError("no connection")])
-def test_challenger_that_cannot_be_started_is_taken_down(endpoint: Endpoint, engine: Any, error: Exception) -> None:
-    endpoint.applications.failing["v2"] = error
-    challenge(engine)
-    for _ in range(8):
-        endpoint.turn(2)
-        endpoint.now += 20
-    ended = latest_canary(engine, MODEL)
-    damaged = isinstance(error, CorruptArtifact)
-    assert ended.state == "failed"
-    assert ended.reason == ("its files do not match its manifest" if damaged else "it cannot be loaded (RuntimeError)")
-    assert endpoint.applications.started.count("v2") == (1 if damaged else 3)
-    assert shown(endpoint.table) == ("1", None, 0.0)
-
-
-def test_second_endpoint_agrees_and_a_restarted_one_goes_on_where_it_was(
-    endpoint: Endpoint, engine: Any, database: str
-) -> None:
-    challenge(engine)
-    other = Endpoint(database)
-    for one in (endpoint, other):
-        one.turn()
-        assert shown(one.table) == ("1", "2", 0.1)
-    endpoint.tell(*endpoint.answers(2, 25), *endpoint.answers(1, 75))
-    endpoint.now += 11
-    endpoint.tell()
-    endpoint.turn()
-    other.turn()
-    assert (endpoint.table.share, other.table.share) == (0.5, 0.5)
-    restarted = Endpoint(database)
-    restarted.turn()
-    assert shown(restarted.table) == ("1", "2", 0.5)
-    other.tell(*other.answers(2, 3, ok=False))
-    other.turn()
-    endpoint.turn()
-    assert shown(endpoint.table) == shown(other.table) == ("1", None, 0.0)
-
-
-def test_canary_that_is_ended_by_hand_is_dropped(endpoint: Endpoint, engine: Any, database: str) -> None:
-    challenge(engine)
-    endpoint.turn()
-    ended = end_running_canary(MODEL, database, "sqlite:////nowhere/mlflow.db")
-    assert ended is not None
-    assert "with `raystill rollback`" in ended.reason
-    endpoint.turn()
-    assert shown(endpoint.table) == ("1", None, 0.0)
-    assert end_running_canary(MODEL, database, "sqlite:////nowhere/mlflow.db") is None
-
-
-def test_canary_ends_when_another_version_becomes_champion(endpoint: Endpoint, engine: Any, database: str) -> None:
-    challenge(engine)
-    endpoint.turn()
-    crown_one(database, 3)
-    endpoint.turn(4)
-    assert shown(endpoint.table) == ("3", None, 0.0)
-    assert latest_canary(engine, MODEL).state == "overtaken"
-    assert sorted(endpoint.applications.removed) == ["v1", "v2"]
-    assert end_canary(engine, latest_canary(engine, MODEL), "failed", "late") is None
-
-
-def test_traffic_says_shares_and_figures_of_each_version(endpoint: Endpoint, engine: Any) -> None:
-    challenge(engine)
-    endpoint.turn()
-    endpoint.tell(*endpoint.answers(2, 4), *endpoint.answers(1, 10), *endpoint.answers(1, 1, ok=False))
-    endpoint.now += 5
-    endpoint.tell()
-    first, second = endpoint.traffic["versions"]
-    assert (first["version"], first["alias"], first["share"], first["scheme"]) == ("1", "champion", 0.9, "float")
-    assert (second["version"], second["alias"], second["share"]) == ("2", "challenger", 0.1)
-    assert (first["requests"], first["errors"], second["requests"], second["errors"]) == (11, 1, 4, 0)
-    assert (first["ttft_p50_s"], first["ttft_p99_s"]) == (0.01, 0.01)
-    assert second["tokens_per_s"] == pytest.approx(4 * 7 / 5)
-    assert endpoint.traffic["canary"]["steps"] == [0.1, 0.5]
-    assert json.loads(json.dumps(endpoint.traffic)) == endpoint.traffic
-    endpoint.now += 61
-    endpoint.tell()
-    assert endpoint.traffic["versions"][0]["ttft_p50_s"] is None
-    assert endpoint.traffic["versions"][0]["requests"] == 11

@@ -47,6 +47,10 @@ def test_place_lies_in_the_unit_interval() -> None:
     assert place("salt", "\udce9") == place("salt", "\udce9")
 
 
+def test_place_is_found_for_what_is_no_unicode() -> None:
+    assert 0 <= place("salt", "user \ud800") < 1
+
+
 def test_shadow_takes_its_share_of_requests() -> None:
     table = RoutingTable(champion=OLD, challenger=NEW, share=0.5, shadow=0.3)
     taken = [number for number in range(5000) if is_shadowed(table, f"request {number}")]

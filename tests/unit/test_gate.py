@@ -39,6 +39,19 @@ def test_gate_refuses_what_is_no_number_and_can_store_it(student, candidate):
     assert json.loads(json.dumps(found.as_json(), allow_nan=False))["passed"] is False
 
 
+@pytest.mark.parametrize("figure", ["bits_per_byte", "bytes", "token_s", "tokens_per_s"])
+@pytest.mark.parametrize("impossible", [0, 0.0, -1.0, -math.inf])
+def test_gate_refuses_figures_that_cannot_be(figure, impossible):
+    config = {"max_quality_drop": 9, "max_size_mb": 9, "max_latency_ratio": 9}
+    assert verdict(config).passed
+    candidate = {**CANDIDATE, figure: impossible}
+    if figure == "tokens_per_s":  # only looked at where the time per token is not known
+        del candidate["token_s"]
+    found = verdict(config, candidate)
+    assert not found.passed
+    assert "was not measured or cannot be" in found.failures[0]
+
+
 RULES = {
     "max_quality_drop": (
         {"max_quality_drop": 0.01},

@@ -12,7 +12,9 @@ from cluster.champions import find_champion, open_database
 from cluster.crowning import announce
 from cluster.errors import PromotionRefused
 from cluster.registry import find_version, list_versions, point_challenger
+from cluster.storage import open_storage
 from jobs.promote import promote_version
+from jobs.register import register
 from jobs.versions import versions
 from tests.unit.test_rollback import MODEL, call, config, current, files, made, model, promoted, states
 
@@ -155,3 +157,20 @@ def test_damaged_or_worse_version_does_not_become_challenger(config, model, file
         promote_version(config(CANARY), "2", force=True)
     assert canary_of(model) is None
     assert aliases(model) == {"champion": "1"}
+
+
+# --- last, for they register a version more ---------------------------------------------------------------------------
+
+
+def test_same_files_with_other_figures_are_the_same_bytes(made, config, model):
+    storage = open_storage(str(made))
+    promoted(config(CANARY), "1")
+    promote_version(config(CANARY), "2", force=False)
+    take_down(model)
+    figures = {"bits_per_byte": 2.0, "bytes": 1, "tokens_per_s": 999.0}
+    artefact = {"uri": f"{storage.uri}/quantized/2", "measured": figures}
+    facts = {"run": "r", "float_student": {"bits_per_byte": 2.05}}
+    register({"int8_weight_only": artefact}, MODEL, storage, model.tracking, None, facts)
+    number = max(item.version for item in list_versions(model.tracking, MODEL))
+    with pytest.raises(PromotionRefused, match="its canary was taken down at"):
+        promote_version(config(CANARY), number, force=False)

@@ -231,3 +231,12 @@ def test_loss_that_is_no_figure_is_refused(nats):
     sums = RowSums(has_teacher=False, nats=[nats, 1.0], positions=[2, 2], num_bytes=[6, 6])
     with pytest.raises(ValueError, match="nats per token"):
         quality_figures(sums, 200, 0)
+
+
+@pytest.mark.parametrize(("positions", "num_bytes"), [([], []), ([0], [0]), ([2], [0])])
+def test_rows_without_a_scored_position_have_no_figures(positions, num_bytes):
+    sums = RowSums(
+        has_teacher=False, nats=[1.0 * count for count in positions], positions=positions, num_bytes=num_bytes
+    )
+    with pytest.raises(ValueError, match="no position was scored"):
+        quality_figures(sums, 200, 0)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 
+from cluster.canaries import next_step
 from cluster.champions import current_champion, find_champion, open_database
 from cluster.config import load
 from cluster.errors import ConfigError, CorruptArtifact, ModelError, PromotionRefused
@@ -14,6 +15,7 @@ from cluster.published import publish_directory
 from cluster.registry import find_version, list_versions
 from cluster.storage import open_storage
 from cluster.tracking import set_alias
+from jobs import rollback as rollback_module
 from jobs.__main__ import app
 from jobs.config import RunConfig
 from jobs.promote import promote_version
@@ -175,14 +177,36 @@ def test_damaged_champion_is_said_at_once_and_may_be_replaced(config, model, fil
         (files("2") / "manifest.json").write_text("{}")
     with pytest.raises(CorruptArtifact, match="champion, version 2, cannot be served"):
         check_champion(config())
-    gate = config("promote.champion.max_quality_drop=-0.9")  # nothing is ten times better, but there is nothing to beat
-    champion, verdict = promote_version(gate, "3", force=False)
+    gate = config("promote.champion.max_quality_drop=0")  # version 3 is better, as the manifest of version 2 has it
+    if damage == "byte":
+        champion, _ = promote_version(gate, "3", force=False)
+    else:
+        with pytest.raises(PromotionRefused, match="version 2, whose manifest is gone or damaged, was not measured"):
+            promote_version(gate, "3", force=False)
+        champion, _ = promote_version(config(), "3", force=False)
     assert champion.version == "3"
-    assert "is damaged" in verdict["notes"][0]
     check_champion(config())
     with pytest.raises(PromotionRefused, match="rollback of r-student to version 2"):
         back(model)
     assert back(model, to="1")[0].version == "1"
+
+
+def test_rollback_ends_a_canary_that_takes_a_step_meanwhile(config, model, monkeypatch):
+    canary = "serve.canary={steps: [0.1, 0.5], min_requests: 10}"
+    promoted(config(), "1")
+    promote_version(config(canary), "2", force=False)
+    read, seen = rollback_module.running_canary, []
+
+    def steps_up_meanwhile(engine, name):
+        found = read(engine, name)
+        if not seen:
+            seen.append(next_step(engine, found, {}))
+        return found
+
+    monkeypatch.setattr(rollback_module, "running_canary", steps_up_meanwhile)
+    ended = rollback_module.end_running_canary(model.name, model.database, model.tracking)
+    assert (ended.state, ended.step) == ("ended", 1)
+    assert find_champion(model.database, MODEL).version == "1"
 
 
 def test_serve_without_a_champion_says_so(config):
@@ -329,3 +353,25 @@ def current(model):
         return current_champion(engine, MODEL).version
     finally:
         engine.dispose()
+
+
+# --- last, for they register a version more ---------------------------------------------------------------------------
+
+
+def test_champion_measured_on_other_text_is_no_measure_of_quality(made, config, model):
+    storage = open_storage(str(made))
+    source = made.parent / "other-text"
+    if not source.exists():
+        source.mkdir()
+        (source / "model.safetensors").write_text("other weights")
+    publish_directory(source, storage, "quantized/other", scheme="int8_weight_only")
+    figures = {"bits_per_byte": 1.0, "bytes": 1, "tokens_per_s": 200.0}
+    artefact = {"uri": f"{storage.uri}/quantized/other", "measured": figures}
+    facts = {"run": "r", "float_student": {"bits_per_byte": 1.0}, "data_fingerprint": "easier text"}
+    register({"int8_weight_only": artefact}, MODEL, storage, model.tracking, None, facts)
+    number = max(item.version for item in list_versions(model.tracking, MODEL))
+    promoted(config(), "1")
+    with pytest.raises(PromotionRefused, match=r"version 1, on the candidate's held-out text, was not measured"):
+        promote_version(config("promote.champion.max_quality_drop=0.5"), number, force=False)
+    gate = config("promote.champion.max_latency_ratio=2")  # time is not of the text
+    assert promote_version(gate, number, force=False)[0].version == number

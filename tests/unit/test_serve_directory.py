@@ -74,6 +74,12 @@ def test_published_directory_is_held_to_its_manifest(tmp_path: Path) -> None:
     with pytest.raises(CorruptArtifact, match=r"model\.safetensors has sha256"):
         read_model_directory(str(directory))
     weights.write_bytes(whole)
+    manifest = (directory / "manifest.json").read_text()
+    for damaged in (manifest[:-20], "[]", manifest.replace('"sha256": "' + json.loads(manifest)["sha256"], '"x": "')):
+        (directory / "manifest.json").write_text(damaged)
+        with pytest.raises(CorruptArtifact, match=r"manifest\.json is damaged"):
+            read_model_directory(str(directory))
+    (directory / "manifest.json").write_text(manifest)
     (directory / "added.json").write_text("{}")
     with pytest.raises(CorruptArtifact, match="not in the manifest"):
         FixedModel(arguments(directory))

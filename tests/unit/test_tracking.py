@@ -28,7 +28,7 @@ def dead():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return f"http://127.0.0.1:{port}"
+    return f"http://me:hunter2@127.0.0.1:{port}"
 
 
 def tracker_of(uri, tmp_path, run_id=None):
@@ -180,6 +180,7 @@ def test_tracker_of_a_dead_server_says_so_once(dead, tmp_path, caplog):
     tracker._thread.join(60)
     assert not tracker._thread.is_alive()
     assert caplog.text.count("is off for this run") == 1
+    assert "hunter2" not in caplog.text
     started = time.monotonic()
     tracker.metrics({"loss": 1.0}, 1)
     tracker.close()
@@ -205,8 +206,9 @@ def test_register_the_same_directory_twice_is_one_version(uri):
 
 
 def test_register_a_dead_registry_raises(dead):
-    with pytest.raises(RegistryFailed, match=r"m was not registered .*; run it again"):
+    with pytest.raises(RegistryFailed, match=r"m was not registered .*; run it again") as caught:
         register_version(dead, "m", "file:///a", "1" * 64, None, {})
+    assert "hunter2" not in str(caught.value)
 
 
 def test_alias_and_number_lead_to_the_directory(uri):

@@ -1,0 +1,210 @@
+"""The supervisor and a canary: its steps, what takes it down, and what is written when."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.canaries import end_canary, latest_canary, running_canary
+from cluster.champions import current_champion
+from cluster.errors import CorruptArtifact
+from cluster.promotions import history
+from jobs.rollback import end_running_canary
+from services.endpoint.canary import Observation
+from tests.promotion_races import MODEL, artefact, crown_one
+from tests.unit.test_endpoint_supervisor import Endpoint, challenge, database, endpoint, engine, shown
+
+__all__ = ["database", "endpoint", "engine"]  # fixtures
+
+
+def test_challenger_is_not_crowned_on_the_evidence_of_the_one_before(endpoint: Endpoint, engine: Any) -> None:
+    challenge(engine)
+    endpoint.turn()
+    endpoint.tell(*endpoint.answers(2, 25), *endpoint.answers(1, 25))
+    endpoint.now += 11
+    endpoint.tell()  # decided: a step up; not yet written
+    end_canary(engine, running_canary(engine, MODEL), "ended", "by hand")
+    challenge(engine, 3)
+    endpoint.supervisor.poll()
+    found = latest_canary(engine, MODEL)
+    assert (found.version, found.state, found.step) == ("3", "running", 0)
+    assert current_champion(engine, MODEL).version == "1"
+
+
+def test_message_that_is_repeated_counts_once(endpoint: Endpoint, engine: Any) -> None:
+    challenge(engine)
+    endpoint.turn()
+    seen = endpoint.answers(2, 1, ok=False)
+    for _ in range(3):
+        endpoint.supervisor.exchange("other", 1, seen, {}, endpoint.table.number)
+    endpoint.tell()
+    assert endpoint.traffic["versions"][1]["errors"] == 1
+    assert shown(endpoint.table)[1] == "2"
+
+
+def test_clients_that_leave_count_by_their_time_alone(endpoint: Endpoint, engine: Any) -> None:
+    challenge(engine)
+    endpoint.turn()
+    digest = artefact(2)["manifest_sha256"]
+    left = [Observation(digest, True, ttft_s=30.0, trial=endpoint.table.trial, departed=True) for _ in range(12)]
+    endpoint.tell(*endpoint.answers(1, 25), *left)
+    endpoint.turn()
+    ended = latest_canary(engine, MODEL)
+    assert ended.state == "failed"
+    assert "time to first token" in ended.reason
+    assert json.loads(ended.figures)["requests"] == 0
+
+
+def test_healthy_challenger_rises_and_reigns(endpoint: Endpoint, engine: Any) -> None:
+    challenge(engine)
+    endpoint.turn()
+    shares = []
+    for _ in range(2):
+        shares.append(endpoint.table.share)
+        endpoint.tell(*endpoint.answers(2, 25), *endpoint.answers(1, 75))
+        assert endpoint.supervisor.urgent.is_set() is False, "its time is not over"
+        endpoint.now += 11
+        endpoint.tell()
+        assert endpoint.supervisor.urgent.is_set()
+        endpoint.turn()
+    assert shares == [0.1, 0.5]
+    assert shown(endpoint.table) == ("2", None, 0.0)
+    assert endpoint.applications.started == ["v1", "v2"]
+    assert endpoint.applications.removed == ["v1"]
+    assert latest_canary(engine, MODEL).state == "passed"
+    assert [item.state for item in history(engine, MODEL)] == ["crowned", "crowned"]
+
+
+def test_failing_challenger_is_out_of_the_table_with_the_exchange_that_saw_it(endpoint: Endpoint, engine: Any) -> None:
+    challenge(engine)
+    endpoint.turn()
+    assert shown(endpoint.table) == ("1", "2", 0.1)
+    endpoint.tell(*endpoint.answers(2, 3, ok=False))
+    assert shown(endpoint.table) == ("1", None, 0.0)
+    assert running_canary(engine, MODEL) is not None, "the weights come first, the row second"
+    endpoint.turn()
+    ended = latest_canary(engine, MODEL)
+    assert (ended.state, ended.reason) == ("failed", "error rate: 3 of 3 answers failed, at most 5.0% may")
+    assert json.loads(ended.figures)["errors"] == 3
+    assert [item.state for item in history(engine, MODEL)] == ["crowned", "rolled_back"]
+    assert endpoint.applications.removed == ["v2"]
+    assert shown(endpoint.table) == ("1", None, 0.0)
+
+
+def test_challenger_stays_out_while_the_database_is_away(endpoint: Endpoint, engine: Any, database: str) -> None:
+    challenge(engine)
+    endpoint.turn()
+    path = Path(database.removeprefix("sqlite:///"))
+    content = path.read_bytes()
+    path.write_bytes(b"not a database")
+    endpoint.tell(*endpoint.answers(2, 3, ok=False))
+    endpoint.turn()
+    assert shown(endpoint.table) == ("1", None, 0.0)
+    path.write_bytes(content)
+    endpoint.turn()
+    assert shown(endpoint.table) == ("1", None, 0.0)
+    assert latest_canary(engine, MODEL).state == "failed"
+
+
+def test_too_little_traffic_moves_nothing(endpoint: Endpoint, engine: Any) -> None:
+    challenge(engine)
+    endpoint.turn()
+    endpoint.tell(*endpoint.answers(2, 19), *endpoint.answers(1, 100))
+    endpoint.now += 10_000
+    endpoint.turn(5)
+    assert shown(endpoint.table) == ("1", "2", 0.1)
+    assert endpoint.traffic["canary"]["state"] == "too little traffic: 19 of 20 answers"
+
+
+def test_answers_of_another_step_do_not_count(endpoint: Endpoint, engine: Any) -> None:
+    challenge(engine)
+    endpoint.turn()
+    first = endpoint.answers(2, 3, ok=False)
+    endpoint.tell(*endpoint.answers(2, 25), *endpoint.answers(1, 75))
+    endpoint.now += 11
+    endpoint.tell()
+    endpoint.turn()
+    assert endpoint.table.share == 0.5
+    endpoint.tell(*first)
+    assert endpoint.table.share == 0.5
+
+
+@pytest.mark.parametrize("error", [CorruptArtifact("x"), RuntimeError("no connection")])
+def test_challenger_that_cannot_be_started_is_taken_down(endpoint: Endpoint, engine: Any, error: Exception) -> None:
+    endpoint.applications.failing["v2"] = error
+    challenge(engine)
+    for _ in range(8):
+        endpoint.turn(2)
+        endpoint.now += 20
+    ended = latest_canary(engine, MODEL)
+    damaged = isinstance(error, CorruptArtifact)
+    assert ended.state == "failed"
+    assert ended.reason == ("its files do not match its manifest" if damaged else "it cannot be loaded (RuntimeError)")
+    assert endpoint.applications.started.count("v2") == (1 if damaged else 3)
+    assert shown(endpoint.table) == ("1", None, 0.0)
+
+
+def test_second_endpoint_agrees_and_a_restarted_one_goes_on_where_it_was(
+    endpoint: Endpoint, engine: Any, database: str
+) -> None:
+    challenge(engine)
+    other = Endpoint(database)
+    for one in (endpoint, other):
+        one.turn()
+        assert shown(one.table) == ("1", "2", 0.1)
+    endpoint.tell(*endpoint.answers(2, 25), *endpoint.answers(1, 75))
+    endpoint.now += 11
+    endpoint.tell()
+    endpoint.turn()
+    other.turn()
+    assert (endpoint.table.share, other.table.share) == (0.5, 0.5)
+    restarted = Endpoint(database)
+    restarted.turn()
+    assert shown(restarted.table) == ("1", "2", 0.5)
+    other.tell(*other.answers(2, 3, ok=False))
+    other.turn()
+    endpoint.turn()
+    assert shown(endpoint.table) == shown(other.table) == ("1", None, 0.0)
+
+
+def test_canary_that_is_ended_by_hand_is_dropped(endpoint: Endpoint, engine: Any, database: str) -> None:
+    challenge(engine)
+    endpoint.turn()
+    ended = end_running_canary(MODEL, database, "sqlite:////nowhere/mlflow.db")
+    assert ended is not None
+    assert "with `raystill rollback`" in ended.reason
+    endpoint.turn()
+    assert shown(endpoint.table) == ("1", None, 0.0)
+    assert end_running_canary(MODEL, database, "sqlite:////nowhere/mlflow.db") is None
+
+
+def test_canary_ends_when_another_version_becomes_champion(endpoint: Endpoint, engine: Any, database: str) -> None:
+    challenge(engine)
+    endpoint.turn()
+    crown_one(database, 3)
+    endpoint.turn(4)
+    assert shown(endpoint.table) == ("3", None, 0.0)
+    assert latest_canary(engine, MODEL).state == "overtaken"
+    assert sorted(endpoint.applications.removed) == ["v1", "v2"]
+    assert end_canary(engine, latest_canary(engine, MODEL), "failed", "late") is None
+
+
+def test_traffic_says_shares_and_figures_of_each_version(endpoint: Endpoint, engine: Any) -> None:
+    challenge(engine)
+    endpoint.turn()
+    endpoint.tell(*endpoint.answers(2, 4), *endpoint.answers(1, 10), *endpoint.answers(1, 1, ok=False))
+    endpoint.now += 5
+    endpoint.tell()
+    first, second = endpoint.traffic["versions"]
+    assert (first["version"], first["alias"], first["share"], first["scheme"]) == ("1", "champion", 0.9, "float")
+    assert (second["version"], second["alias"], second["share"]) == ("2", "challenger", 0.1)
+    assert (first["requests"], first["errors"], second["requests"], second["errors"]) == (11, 1, 4, 0)
+    assert (first["ttft_p50_s"], first["ttft_p99_s"]) == (0.01, 0.01)
+    assert second["tokens_per_s"] == pytest.approx(4 * 7 / 5)
+    assert endpoint.traffic["canary"]["steps"] == [0.1, 0.5]
+    assert json.loads(json.dumps(endpoint.traffic)) == endpoint.traffic
+    endpoint.now += 61
+    endpoint.tell()
+    assert endpoint.traffic["versions"][0]["ttft_p50_s"] is None
+    assert endpoint.traffic["versions"][0]["requests"] == 11
