@@ -13,7 +13,7 @@ from cluster.api_keys import is_loopback
 from cluster.config import validate
 from cluster.errors import ConfigError
 from cluster.logs import setup_logging
-from cluster.resources import process_environment, threads_each
+from cluster.resources import process_environment, threads_beside_serve
 from services.endpoint.api import build_api
 from services.endpoint.fixed import FixedModel
 from services.endpoint.schema import DirectoryArguments
@@ -32,7 +32,7 @@ class DirectoryEndpoint:
 
         setup_logging("INFO")
         self._arguments = DirectoryArguments.model_validate(arguments)
-        torch.set_num_threads(self._arguments.threads_per_replica or threads_each(self._arguments.replicas))
+        torch.set_num_threads(self._arguments.threads_per_replica or threads_beside_serve(self._arguments.replicas))
         self._model = FixedModel(self._arguments)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -24,7 +24,7 @@ from cluster import errors
 from cluster.champions import Champion
 from cluster.errors import ModelError
 from cluster.logs import setup_logging
-from cluster.resources import process_environment, threads_each
+from cluster.resources import process_environment, threads_beside_serve
 from services.endpoint.envelope import ACCOUNT
 from services.endpoint.following import Served, verified
 from services.endpoint.metrics import VersionMetrics
@@ -70,7 +70,7 @@ class Version:
 
         setup_logging("INFO")
         asked = EndpointArguments.model_validate(arguments)
-        torch.set_num_threads(asked.threads_per_replica or threads_each(asked.replicas))
+        torch.set_num_threads(asked.threads_per_replica or threads_beside_serve(asked.replicas))
 
         def load(directory: Path) -> AnyModel:
             return load_model(directory, asked)

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import socket
 import statistics
 import subprocess
@@ -143,7 +142,7 @@ def running(name: str, directory: Path, llama_cpp: str | None, work: Path) -> It
                 time.sleep(0.5)
             yield Server(name, port, model)
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
