@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from services.endpoint import running
 from services.endpoint import versions as version_module
 from services.endpoint.router import Part
 from tests.unit.test_endpoint_router import TEXT, arguments, versions
@@ -16,6 +17,7 @@ __all__ = ["arguments", "versions"]  # fixtures
 def test_stream_is_sent_in_far_fewer_parts_than_tokens(
     versions: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(running, "SECONDS_PER_STREAM", 0.0)  # an event for each token
     monkeypatch.setattr(version_module, "_FLUSH_S", 0.3)  # so that a machine that is busy sends together too
     body = json.dumps({**TEXT, "max_tokens": 64, "stream": True}).encode()
 
