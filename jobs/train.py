@@ -76,8 +76,9 @@ def run_training(plan: TrainPlan, connection: Connection, bar: Bar, on_step: OnS
 def _fit(plan: TrainPlan, connection: Connection, board: Any, local: str) -> dict[str, Any]:
     """One life of a worker group and its restarts, until training ended or left machines that are taken away."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from cluster.rendezvous import ProcessGroup
     from jobs.training.loop import train_worker
 
     config = plan.train
@@ -94,7 +95,7 @@ def _fit(plan: TrainPlan, connection: Connection, board: Any, local: str) -> dic
         train_worker,
         train_loop_config={"plan": plan, "board": board, "notices": not connection.embedded},
         # While one worker waits for the teacher the others wait in a collective: it must outlast the deadline.
-        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=int(deadline_s) + 600),
+        torch_config=ProcessGroup(backend="nccl" if config.use_gpu else "gloo", timeout_s=int(deadline_s) + 600),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=config.use_gpu,
