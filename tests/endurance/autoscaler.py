@@ -32,6 +32,8 @@ IDLE_MINUTES = 0.2
 def autoscaling_cluster(directory: Path) -> Iterator[None]:
     """A head whose autoscaler may start nodes of two types; `ray.cluster_utils` has one whose file wheels leave out."""
 
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
     def kind(slot: str, most: int) -> dict[str, Any]:
         return {"resources": {"CPU": 1, slot: 1}, "node_config": {}, "min_workers": 0, "max_workers": most}
 
@@ -46,19 +48,20 @@ def autoscaling_cluster(directory: Path) -> Iterator[None]:
         "max_workers": TEACHERS + 1,
         "upscaling_speed": 20.0,
         "idle_timeout_minutes": IDLE_MINUTES,
-        "provider": {"type": "fake_multinode"},
+        "provider": {"type": "fake_multinode", "use_node_id_as_ip": True},
         "available_node_types": {
-            "head": head,
+            "ray.head.default": head,
             "teacher": kind("teacher_slot", TEACHERS),
             "student": kind("student_slot", 1),
         },
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",
     }
     file = directory / "cluster.json"
     file.write_text(json.dumps(config))
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--node-ip-address", "127.0.0.1"]
     command += ["--num-cpus", "2", "--object-store-memory", str(100 << 20), "--include-dashboard", "false", "--block"]
     variables = {**environment(), "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    variables["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = FAKE_HEAD_NODE_ID
     with (directory / "cluster.log").open("w+") as log:
         head_process = subprocess.Popen(
             [*command, "--autoscaling-config", str(file)], env=variables, stdout=log, stderr=log
@@ -124,13 +127,17 @@ def run(directory: Path, watch: Callable[[], dict[str, int]]) -> dict[str, float
     began = time.monotonic()
     with (directory / "log").open("w+") as log:
         process = subprocess.Popen([*COMMAND, "train", str(config)], env=environment(), stdout=log, stderr=log)
-        wait_until(lambda: process.poll() is not None or watch()["teacher_slot"] == TEACHERS, 300, "three nodes")
-        scale_up_s = time.monotonic() - began
-        if process.wait(900) != 0:
+        try:
+            wait_until(lambda: process.poll() is not None or watch()["teacher_slot"] == TEACHERS, 150, "three nodes")
+            scale_up_s, most = time.monotonic() - began, watch()["teacher_slot"]
+            process.wait(900)
+        finally:
+            process.terminate()
             log.seek(0)
-            raise SystemExit(f"raystill train ended with {process.returncode}:\n{log.read()[-3000:]}")
+            print(log.read()[-3000:], file=sys.stderr)
+        if process.returncode != 0:
+            raise SystemExit(f"raystill train ended with {process.returncode}")
     ended = time.monotonic()
-    most = watch()["teacher_slot"]
     wait_until(lambda: not any(watch().values()), 300, "the nodes are gone")
     stage = json.loads((directory / "storage/summary.json").read_text())["stages"]["train"]
     if stage["rows"] != STEPS * 8:

@@ -1,6 +1,6 @@
 """One training on three hosts, then with a bad wire to the teacher, then with none for a while.
 
-    python -m tests.endurance.links [--steps 300]
+    python -m tests.endurance.links [--steps 700]
 
 The hosts are namespaces with addresses of their own (`tests.hosts`): the head with one student, the teacher, the other
 student. First the wires are good; then each packet from and to the teacher's host takes 50 ms and one in a hundred is
@@ -33,7 +33,7 @@ TEACHER, LATENCY_S, LOSS, CUT_S = 1, 0.05, 0.01, 20.0
 _RESOURCES: list[dict[str, float]] = [{"student_slot": 1}, {"teacher_slot": 1}, {"student_slot": 1}]
 
 
-def main(steps: Annotated[int, typer.Option(help="Of each training.")] = 300) -> None:
+def main(steps: Annotated[int, typer.Option(help="Of each training.")] = 700) -> None:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "links-" + "7a" * 24}
     with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as name, hosts(3, Path(name)) as lan:
         directory = Path(name)
