@@ -147,7 +147,8 @@ def hosts(count: int, directory: Path) -> Iterator[Lan]:
     try:
         for number in range(count):
             (directory / f"ray-{number}").mkdir()
-            apart = ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
+            apart = ["setpriv", "--pdeathsig", "KILL"]  # also when this process ends without a word
+            apart += ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
             words = [*apart, "sh", "-c", _ENTER, str(directory / f"ray-{number}")]
             process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
             assert process.stdout is not None

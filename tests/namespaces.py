@@ -11,7 +11,7 @@ _ENTER = 'ip link set lo up && mkdir -p /tmp/ray && mount --bind "$RAY_DIRECTORY
 
 
 def possible() -> bool:
-    return os.geteuid() == 0 and all(shutil.which(name) for name in ("unshare", "ip", "mount"))
+    return os.geteuid() == 0 and all(shutil.which(name) for name in ("unshare", "setpriv", "ip", "mount"))
 
 
 def enter(module: str, needed: bool = True) -> None:
