@@ -4,6 +4,7 @@ Ours is a replica on Ray Serve behind its proxy. transformers serves the same di
 `--continuous-batching`; with `--llama-cpp DIRECTORY`, llama.cpp's `llama-server` serves the same weights as GGUF. All
 servers are up at the same time and one is asked at a time, in turns, by one client: 1 stream, then 16 at once, each of
 64 tokens (`--quick`: 32) behind a prompt of about 32, greedily. The whole of a stream counts, its first token included.
+The others are stopped meanwhile, since some of them compute when nobody asks; but for ours, whose Ray would miss it.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -48,6 +50,7 @@ class Server:
     name: str
     port: int
     model: str
+    process: psutil.Process
     new_tokens: int = NEW_TOKENS
     seconds: dict[int, list[float]] = field(default_factory=lambda: {count: [] for count in STREAMS})
     first_s: dict[int, list[float]] = field(default_factory=lambda: {count: [] for count in STREAMS})
@@ -140,13 +143,27 @@ def running(name: str, directory: Path, llama_cpp: str | None, work: Path) -> It
                     log.seek(0)
                     raise RuntimeError(f"{name} does not answer: {log.read()[-2000:]}")
                 time.sleep(0.5)
-            yield Server(name, port, model)
+            yield Server(name, port, model, psutil.Process(process.pid))
         finally:
             process.terminate()
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+@contextlib.contextmanager
+def alone(server: Server, servers: list[Server]) -> Iterator[None]:
+    """Stops the other servers for the length of the block, except ours."""
+    others = [other for other in servers if other is not server and other.name != OURS]
+    processes = [item for other in others for item in (other.process, *other.process.children(recursive=True))]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 def _answers(url: str) -> bool:
@@ -186,8 +203,9 @@ def compare(directory: Path, names: list[str], repeats: int, new_tokens: int, ll
             servers[-1].new_tokens = new_tokens
         for turn in track(range(repeats + 1), "turns", console=Console(stderr=True)):
             for server in servers if turn % 2 else servers[::-1]:
-                for streams in STREAMS:
-                    asyncio.run(measure(server, streams, turn))
+                with alone(server, servers):
+                    for streams in STREAMS:
+                        asyncio.run(measure(server, streams, turn))
         for server in servers:
             for times in (*server.seconds.values(), *server.first_s.values()):
                 del times[0]  # the turn that warms up
