@@ -123,7 +123,7 @@ def test_stop_waits_and_the_next_submission_goes_on_from_the_checkpoint(cluster,
     assert job_id_of(again) == "long-2"
     summary = json.loads((tmp_path / "storage" / "summary.json").read_text())
     assert summary["stages"]["train"]["status"] == "done"
-    assert summary["stages"]["train"]["rows"] == 400 * 8
+    assert summary["stages"]["train"]["rows"] == 200 * 8
 
 
 def test_wrong_and_missing_tokens_are_refused_in_one_line(cluster, config, tmp_path):
