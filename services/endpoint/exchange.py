@@ -49,7 +49,8 @@ class Exchange:
         self._router.urgent.set()
 
     def once(self) -> None:
-        """One exchange. A table is used only when each of its versions has answered this router."""
+        """One exchange. A table is used only when its champion has answered this router; without its challenger while
+        that has not."""
         router = self._router
         if not self._message:
             self._message, self._message_number = router.take_observations(), self._message_number + 1
