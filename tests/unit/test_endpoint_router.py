@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 from starlette.testclient import TestClient
 
 from cluster.api_keys import create_key, opened_keys
 from services.endpoint import router
 from services.endpoint.api import build_api
 from services.endpoint.canary import Observation
+from services.endpoint.errors import unavailable
 from services.endpoint.metrics import RouterMetrics
 from services.endpoint.router import Part, Router, put_router_into
 from services.endpoint.schema import EndpointArguments
@@ -81,6 +83,8 @@ class Broken:
         return await self._real.begin_answer(path, body)
 
     async def compare(self, *asked: Any) -> dict[str, Any]:
+        if self._how == "503":
+            raise RayTaskError("compare", "", unavailable("full", "server_overloaded", 1)).as_instanceof_cause()
         raise RuntimeError("the actor died")
 
 
@@ -415,6 +419,17 @@ def test_shadow_compares_both_versions_and_nobody_waits(bench: Bench, client: Te
     bench.break_version(bench.new, "dies")
     client.post("/v1/completions", json=TEXT)
     assert [seen.ok for seen in wait_for(bench, 3)] == [True, True, False]
+
+
+def test_copy_for_which_the_challenger_has_no_room_is_no_fault_of_it(bench: Bench, client: TestClient) -> None:
+    bench.set(share=0.0, shadow=1.0)
+    bench.break_version(bench.new, "503")
+    client.post("/v1/completions", json=TEXT)
+    user, old = wait_for(bench, 2)
+    assert (user.shadow, old.shadow) == (False, True)
+    while bench.router._comparisons:
+        threading.Event().wait(0.02)
+    assert bench.seen() == []
 
 
 def wait_for(bench: Bench, count: int) -> list[Observation]:
