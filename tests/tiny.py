@@ -101,3 +101,32 @@ def corpus(directory: Path, documents: int = 300, seed: int = 0) -> Path:
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def run_config(name: str, directory: Path, documents: int = 120, **changes: Any) -> Path:
+    """Writes the config of a run with everything small: a tiny corpus, a tiny teacher, a student of its first layer.
+
+    Args:
+        changes: other sections and values of the config. Those of `data`, `teacher` and `train` are put over the ones
+            here, a `student` stands instead of this one, and None leaves a section out.
+    """
+    import yaml
+
+    config: dict[str, Any] = {
+        "data": {
+            "sources": [str(corpus(directory / "in", documents))],
+            "sequence_length": 48,
+            "validation_fraction": 0.2,
+        },
+        "teacher": {"model": str(save_model(directory / "teacher")), "dtype": "float32"},
+        "student": {"from_teacher": {"layers": [0]}},
+        "train": {"steps": 12, "global_batch": 8, "micro_batch": 4, "checkpoint_every": 4, "validate_every": 4},
+    }
+    for section, values in changes.items():
+        together = section in ("data", "teacher", "train") and values is not None
+        config[section] = {**config[section], **values} if together else values
+    path = directory / f"{name}.yaml"
+    path.write_text(
+        yaml.safe_dump({"name": name, **{key: value for key, value in config.items() if value is not None}})
+    )
+    return path

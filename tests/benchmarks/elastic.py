@@ -27,20 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import yaml
 
-from cluster.config import load
-from jobs.config import RunConfig
-from jobs.training.choice import choose_signal
-from jobs.training.loop import train
-from jobs.training.plan import TeacherAccess, TrainPlan
-from jobs.training.workers import Workers
-from services.teacher.model import TeacherModel
 from tests import namespaces, tiny
 from tests.benchmarks.sides import arguments, show
 from tests.command_line import COMMAND, environment
-from tests.in_process_teacher import InProcessTeacher
+from tests.in_process_training import trained_here
 from tests.instance_metadata import Service
 from tests.ray_cluster import RayCluster, running, wait_until
 
@@ -127,26 +118,15 @@ class Steps:
 
 
 def write_config(directory: Path, storage: Path, steps: int) -> Path:
-    config = {
-        "name": "elastic",
-        "storage": str(storage),
-        "cluster": {"pools": {}},
-        "data": {
-            "sources": [str(tiny.corpus(directory / "in", 200))],
-            "sequence_length": 48,
-            "validation_fraction": 0.1,
-        },
-        "teacher": {
-            "model": str(tiny.save_model(directory / "teacher")),
-            "dtype": "float32",
-            "replicas": 1,
-            "max_replicas": 2,
-            "threads_per_replica": 1,
-            "attempt_timeout_s": 20,
-        },
-        "student": {"shape": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}},
-        "distill": {"alpha": 0.3},
-        "train": {
+    return tiny.run_config(
+        storage.name,
+        directory,
+        documents=200,
+        storage=str(storage),
+        cluster={"pools": {}},
+        teacher={"replicas": 1, "max_replicas": 2, "threads_per_replica": 1, "attempt_timeout_s": 20},
+        distill={"alpha": 0.3},
+        train={
             "steps": steps,
             "global_batch": BATCH,
             "micro_batch": 1,
@@ -157,10 +137,7 @@ def write_config(directory: Path, storage: Path, steps: int) -> Path:
             "checkpoint_every": 50,
             "validate_every": steps,
         },
-    }
-    path = directory / f"{storage.name}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    )
 
 
 def trained(
@@ -222,7 +199,7 @@ def story(watched: Watched, directory: Path, teachers: list[str], steps: int) ->
         found("student_kill_recover_s", seen.beyond_s(when))
 
     broken = trained(watched, directory, "broken", steps, faults)
-    unbroken = without_ray(directory, steps)
+    unbroken = trained_here(directory / "broken.yaml")
     planned = steps * BATCH
     same = broken["rows_checksum"] == unbroken["rows_checksum"]
     final = [run["validation"][-1][1] for run in (unbroken, broken)]
@@ -233,35 +210,6 @@ def story(watched: Watched, directory: Path, teachers: list[str], steps: int) ->
         "loss_gap": abs(final[1] - final[0]) / final[0],
         "scale_to_zero_s": broken["gone_s"],
     }
-
-
-def without_ray(directory: Path, steps: int) -> dict[str, Any]:
-    """What the same training gives in this process."""
-    config = load(RunConfig, write_config(directory, directory / "broken", steps))
-    summary = json.loads((directory / "broken" / "summary.json").read_text())
-    assert config.teacher is not None
-    model = TeacherModel(str(config.teacher.model), "float32")
-    access = TeacherAccess(
-        app_name="none",
-        fingerprint="",
-        signal=choose_signal(config.distill, model.describe())[0],
-        attempt_timeout_s=1,
-        deadline_s=1,
-        window_bytes=1 << 20,
-    )
-    plan = TrainPlan(
-        storage=config.storage,
-        prefix="student/unbroken",
-        store=summary["stages"]["prepare"]["store"],
-        tokenizer=str(config.teacher.model),
-        student=config.student,
-        teacher_model=config.teacher.model,
-        teacher=access,
-        distill=config.distill,
-        train=config.train.replace(num_workers=1),
-        threads=1,
-    )
-    return train(plan, Workers(0, 1, torch.device("cpu")), InProcessTeacher(model), lambda step, metrics: None)
 
 
 def repeated(seen: Steps) -> int:

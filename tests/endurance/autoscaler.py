@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -80,35 +79,20 @@ def autoscaling_cluster(directory: Path) -> Iterator[None]:
 
 
 def write_config(directory: Path) -> Path:
-    path = directory / "grows.yaml"
-    config = {
-        "name": "grows",
-        "storage": str(directory / "storage"),
-        "cluster": {"address": "auto", "num_cpus": 2 + TEACHERS + 1, "pools": {}},
-        "data": {
-            "sources": [str(tiny.corpus(directory / "in", 120))],
-            "sequence_length": 48,
-            "validation_fraction": 0.2,
-        },
-        "teacher": {
-            "model": str(tiny.save_model(directory / "teacher")),
-            "dtype": "float32",
-            "replicas": TEACHERS,
-            "threads_per_replica": 1,
-        },
-        "student": {"from_teacher": {"layers": [0]}},
-        "train": {
+    return tiny.run_config(
+        "grows",
+        directory,
+        storage=str(directory / "storage"),
+        cluster={"address": "auto", "num_cpus": 2 + TEACHERS + 1, "pools": {}},
+        teacher={"replicas": TEACHERS, "threads_per_replica": 1},
+        train={
             "steps": STEPS,
-            "global_batch": 8,
-            "micro_batch": 4,
             "threads_per_worker": 1,
             "precision": "float32",
             "checkpoint_every": 50,
             "validate_every": STEPS,
         },
-    }
-    path.write_text(yaml.safe_dump(config))
-    return path
+    )
 
 
 def count_nodes() -> dict[str, int]:

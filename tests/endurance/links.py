@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -53,36 +52,20 @@ def main(steps: Annotated[int, typer.Option(help="Of each training.")] = 700) ->
 
 
 def write_config(directory: Path, lan: Lan, steps: int) -> Path:
-    path = directory / "links.yaml"
-    config = {
-        "name": "links",
-        "cluster": {"address": f"{lan.address(0)}:6379", "pools": {}},
-        "data": {
-            "sources": [str(tiny.corpus(directory / "in", 120))],
-            "sequence_length": 48,
-            "validation_fraction": 0.2,
-        },
-        "teacher": {
-            "model": str(tiny.save_model(directory / "teacher")),
-            "dtype": "float32",
-            "replicas": 1,
-            "threads_per_replica": 1,
-            "attempt_timeout_s": 10,
-        },
-        "student": {"from_teacher": {"layers": [0]}},
-        "train": {
+    return tiny.run_config(
+        "links",
+        directory,
+        cluster={"address": f"{lan.address(0)}:6379", "pools": {}},
+        teacher={"replicas": 1, "threads_per_replica": 1, "attempt_timeout_s": 10},
+        train={
             "steps": steps,
-            "global_batch": 8,
-            "micro_batch": 4,
             "num_workers": 2,
             "threads_per_worker": 1,
             "precision": "float32",
             "checkpoint_every": 50,
             "validate_every": steps,
         },
-    }
-    path.write_text(yaml.safe_dump(config))
-    return path
+    )
 
 
 def start_ray(lan: Lan, directory: Path) -> None:

@@ -7,10 +7,10 @@ import subprocess
 
 import numpy as np
 import pytest
-import yaml
 
 from tests import tiny
-from tests.command_line import COMMAND, environment, raystill
+from tests.command_line import COMMAND, environment
+from tests.in_process_training import trained_here
 from tests.ray_cluster import running, wait_until
 
 pytestmark = pytest.mark.integration
@@ -18,34 +18,25 @@ TOKEN = "token-" + "7b2e" * 12
 STEPS = 1500
 
 
-def test_training_grows_with_the_cluster_and_learns_the_same(tmp_path):
+def test_training_grows_with_the_cluster_and_learns_the_same(tmp_path, forked_raystill):
     variables = {**environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAYSTILL_LOG": "INFO"}
-    config = tmp_path / "grows.yaml"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "name": "grows",
-                "data": {
-                    "sources": [str(tiny.corpus(tmp_path / "in", 60))],
-                    "sequence_length": 48,
-                    "validation_fraction": 0.2,
-                },
-                "student": {"model": str(tiny.save_model(tmp_path / "model"))},
-                "distill": {"alpha": 1},
-                "train": {
-                    "steps": STEPS,
-                    "global_batch": 8,
-                    "micro_batch": 4,
-                    "threads_per_worker": 1,
-                    "precision": "float32",
-                    "checkpoint_every": 100,
-                    "validate_every": STEPS,
-                },
-            }
-        )
+    config = tiny.run_config(
+        "grows",
+        tmp_path,
+        documents=60,
+        teacher=None,
+        student={"model": str(tiny.save_model(tmp_path / "model"))},
+        distill={"alpha": 1},
+        train={
+            "steps": STEPS,
+            "threads_per_worker": 1,
+            "precision": "float32",
+            "checkpoint_every": 100,
+            "validate_every": STEPS,
+        },
     )
     alone, grown = tmp_path / "alone", tmp_path / "grown"
-    done = raystill("prepare", config, f"storage={alone}", cwd=tmp_path)
+    done = forked_raystill("prepare", config, f"storage={alone}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     shutil.copytree(alone, grown)
 
@@ -74,8 +65,6 @@ def test_training_grows_with_the_cluster_and_learns_the_same(tmp_path):
     assert process.returncode == 0, said[-3000:]
     assert {value for _, value in reported()} == {1.0, 2.0}
     summary = json.loads((grown / "summary.json").read_text())["stages"]["train"]
-    done = raystill("train", config, f"storage={alone}", "--json", cwd=tmp_path, timeout=900)
-    assert done.returncode == 0, done.stderr
-    fixed = json.loads(done.stdout.strip().splitlines()[-1])["stages"]["train"]
+    fixed = trained_here(config, f"storage={alone}")
     assert (summary["rows"], summary["rows_checksum"]) == (fixed["rows"], fixed["rows_checksum"])
     np.testing.assert_allclose(summary["losses"], fixed["losses"], rtol=1e-4)
