@@ -44,6 +44,15 @@ def postgresql():
         yield server
 
 
+@pytest.fixture(scope="session")
+def forked_raystill():
+    """Runs commands one after the other, each forked off a process that did the imports."""
+    from tests.forked_commands import forked_commands
+
+    with forked_commands() as raystill:
+        yield raystill
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Torch computes on one thread: tiny products are fastest so."""

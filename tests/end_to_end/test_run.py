@@ -13,6 +13,7 @@ import yaml
 
 from tests import tiny
 from tests.command_line import COMMAND, COMPUTES, environment, free_port, last_json, rays_below, raystill
+from tests.in_process_training import trained_here
 
 pytestmark = pytest.mark.integration
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -20,9 +21,12 @@ CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The shipped demo with fewer steps: its overrides, and what the first run gave."""
+    """The shipped demo, smaller: its overrides, and what the first run gave."""
     directory = tmp_path_factory.mktemp("demo")
     overrides = [
+        "data.validation_fraction=0.8",
+        "teacher.replicas=1",
+        "train.num_workers=1",
         "teacher.train.steps=12",
         "train.steps=12",
         "evaluate.max_rows=32",
@@ -81,10 +85,10 @@ def test_demo_leaves_no_process_behind(demo):
     assert rays_below(directory) == []
 
 
-def test_demo_again_does_nothing_but_say_so(demo):
+def test_demo_again_does_nothing_but_say_so(demo, forked_raystill):
     directory, overrides, first = demo
     started = time.monotonic()
-    again = raystill("run", CONFIGS / "demo.yaml", *overrides, "--json", cwd=directory, timeout=120)
+    again = forked_raystill("run", CONFIGS / "demo.yaml", *overrides, "--json", cwd=directory)
     assert again.returncode == 0
     assert "nothing to do" in again.stderr
     assert last_json(again.stdout) == last_json(first.stdout)
@@ -128,12 +132,12 @@ def test_demo_is_recorded_in_mlflow(demo):
     assert not [name for name in manifest["files"] if name.endswith((".bin", ".pt", ".pkl"))]
 
 
-def test_demo_labels_its_store_and_keeps_what_is_done(demo):
+def test_demo_labels_its_store_and_keeps_what_is_done(demo, forked_raystill):
     directory, overrides, first = demo
     rows = last_json(first.stdout)["stages"]["prepare"]["rows"]["train"]
 
     def estimate():
-        found = raystill("label", CONFIGS / "demo.yaml", *overrides, "--dry-run", "--json", cwd=directory, timeout=60)
+        found = forked_raystill("label", CONFIGS / "demo.yaml", *overrides, "--dry-run", "--json", cwd=directory)
         assert found.returncode == 0, found.stderr
         return last_json(found.stdout)
 
@@ -176,12 +180,12 @@ def test_demo_serve_answers_the_openai_client_until_interrupted(demo):
         assert process.wait(60) == 0
 
 
-def test_demo_another_version_reigns_and_the_one_before_comes_back(demo):
+def test_demo_another_version_reigns_and_the_one_before_comes_back(demo, forked_raystill):
     directory, overrides, _ = demo
     config = (CONFIGS / "demo.yaml", *overrides)
 
     def call(*arguments, code=0):
-        done = raystill(*arguments, "--json", cwd=directory, timeout=120)
+        done = forked_raystill(*arguments, "--json", cwd=directory)
         assert done.returncode == code, done.stderr[-3000:]
         return last_json(done.stdout)
 
@@ -209,23 +213,23 @@ def test_demo_another_version_reigns_and_the_one_before_comes_back(demo):
     assert [row["state"] for row in call("versions", "demo")["history"]] == ["announced"] * 5
 
 
-def test_demo_without_its_databases_makes_what_they_held_again(demo):
+def test_demo_without_its_databases_makes_what_they_held_again(demo, forked_raystill):
     directory, overrides, _ = demo
     for name in ("champions.db", "mlflow.db"):
         (directory / "runs/demo" / name).unlink()
-    again = raystill("promote", CONFIGS / "demo.yaml", *overrides, cwd=directory, timeout=120)
+    again = forked_raystill("promote", CONFIGS / "demo.yaml", *overrides, cwd=directory)
     assert again.returncode == 2
     assert "needs register" in again.stderr
     for stage in ("register", "promote"):
-        done = raystill(stage, CONFIGS / "demo.yaml", *overrides, "--json", cwd=directory, timeout=120)
+        done = forked_raystill(stage, CONFIGS / "demo.yaml", *overrides, "--json", cwd=directory)
         assert done.returncode == 0, done.stderr[-3000:]
     assert last_json(done.stdout)["stages"]["promote"]["champion"]["epoch"] == 1
 
 
-def test_demo_with_another_gate_repeats_the_promotion_only(demo):
+def test_demo_with_another_gate_repeats_the_promotion_only(demo, forked_raystill):
     directory, overrides, _ = demo
     more = [*overrides, "promote.max_quality_drop=0.06"]
-    promoted = raystill("promote", CONFIGS / "demo.yaml", *more, "--json", cwd=directory, timeout=120)
+    promoted = forked_raystill("promote", CONFIGS / "demo.yaml", *more, "--json", cwd=directory)
     assert promoted.returncode == 0, promoted.stderr[-3000:]
     summary = last_json(promoted.stdout)
     assert summary["stages"]["promote"]["status"] == "done"
@@ -247,11 +251,13 @@ def small(tmp_path_factory):
         "data": {"sources": [str(tiny.corpus(directory / "in", 120))], "sequence_length": 64},
         "teacher": {"model": str(teacher), "replicas": 1, "dtype": "float32"},
         "student": {"from_teacher": {"layers": [0, 3]}},
+        "evaluate": {"max_rows": 16},
+        "quantize": {"schemes": ["onnx_int8"]},
+        "promote": {"scheme": "onnx_int8", "max_quality_drop": 0.5},
         "train": {
             "steps": 80,
             "global_batch": 8,
             "micro_batch": 4,
-            "num_workers": 2,
             "precision": "float32",
             "checkpoint_every": 10,
             "validate_every": 1000,
@@ -297,8 +303,8 @@ def test_run_interrupted_in_training_says_so_and_leaves_nothing_running(small, n
         time.sleep(0.2)
 
 
-def test_run_killed_in_training_and_run_again_sees_the_rows_of_an_unbroken_run(small):
-    prepared = raystill("prepare", "small.yaml", f"storage={small / 'whole'}", cwd=small, timeout=120)
+def test_run_killed_in_training_and_run_again_sees_the_rows_of_an_unbroken_run(small, forked_raystill):
+    prepared = forked_raystill("prepare", "small.yaml", f"storage={small / 'whole'}", cwd=small)
     assert prepared.returncode == 0, prepared.stderr
     shutil.copytree(small / "whole", small / "broken")
     command = [*COMMAND, "train", "small.yaml", f"storage={small / 'broken'}"]
@@ -318,35 +324,28 @@ def test_run_killed_in_training_and_run_again_sees_the_rows_of_an_unbroken_run(s
         time.sleep(0.2)
     assert not list((small / "broken").glob("student/*/checkpoints/step-00000080/manifest.json"))
 
-    for name in ("broken", "whole"):
-        done = raystill("train", "small.yaml", f"storage={small / name}", cwd=small, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-    broken, whole = train_figures(small / "broken"), train_figures(small / "whole")
+    done = raystill("train", "small.yaml", f"storage={small / 'broken'}", cwd=small, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    broken, whole = train_figures(small / "broken"), trained_here(small / "small.yaml", f"storage={small / 'whole'}")
     for key in ("rows", "tokens", "rows_checksum"):
         assert broken[key] == whole[key], key
     assert broken["losses"] == pytest.approx(whole["losses"], rel=1e-4)
     assert len(broken["losses"]) == 80
 
 
-def test_single_stages_go_on_where_train_ended(small):
-    for stage in ("evaluate", "quantize", "register", "promote"):
-        done = raystill(stage, "small.yaml", f"storage={small / 'whole'}", "--json", cwd=small, timeout=240)
+def test_single_stages_go_on_where_train_ended(small, forked_raystill):
+    calls = {"evaluate": raystill, "quantize": raystill, "register": forked_raystill, "promote": forked_raystill}
+    for stage, call in calls.items():
+        done = call(stage, "small.yaml", f"storage={small / 'broken'}", "--json", cwd=small)
         assert done.returncode == 0, done.stderr[-3000:]
         assert last_json(done.stdout)["stages"][stage]["status"] == "done"
 
 
-def test_gate_refuses_and_exit_code_is_one(small):
-    refused = raystill(
-        "promote",
-        "small.yaml",
-        f"storage={small / 'whole'}",
-        "promote.max_quality_drop=0",
-        "promote.scheme=onnx_int8",
-        "--json",
-        cwd=small,
-        timeout=120,
+def test_gate_refuses_and_exit_code_is_one(small, forked_raystill):
+    refused = forked_raystill(
+        "promote", "small.yaml", f"storage={small / 'broken'}", "promote.max_quality_drop=0", "--json", cwd=small
     )
-    summary = json.loads((small / "whole" / "summary.json").read_text())
+    summary = json.loads((small / "broken" / "summary.json").read_text())
     models = summary["models"]
     worse = models["student_onnx_int8"]["bits_per_byte"] > models["student"]["bits_per_byte"]
     assert refused.returncode == (1 if worse else 0)

@@ -28,7 +28,7 @@ from jobs.config import PromoteConfig
 from jobs.promote import promote
 from jobs.register import register
 from tests import postgres_server, promotion_races
-from tests.command_line import environment, last_json, raystill
+from tests.command_line import environment, last_json
 from tests.promotion_races import GOOD, MODEL, artefact, crown_one, do_and_die
 from tests.unit.test_promotions import OLD_TABLE
 
@@ -166,7 +166,9 @@ def mlflow_server(postgresql, s3_server, tmp_path_factory):
         process.wait()
 
 
-def test_register_promote_rollback_and_versions_on_servers(database, mlflow_server, s3_server, tmp_path, monkeypatch):
+def test_register_promote_rollback_and_versions_on_servers(
+    database, mlflow_server, s3_server, tmp_path, monkeypatch, forked_raystill
+):
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
@@ -195,7 +197,7 @@ def test_register_promote_rollback_and_versions_on_servers(database, mlflow_serv
     }
 
     def call(*arguments, code=0):
-        done = raystill(*arguments, "--json", cwd=tmp_path, env=variables, timeout=120)
+        done = forked_raystill(*arguments, "--json", cwd=tmp_path, env=variables)
         assert done.returncode == code, done.stderr[-3000:]
         return last_json(done.stdout)
 

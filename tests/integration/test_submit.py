@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests import tiny
 from tests.command_line import COMMAND, environment, raystill
@@ -36,57 +35,45 @@ def variables(**more):
 
 @pytest.fixture
 def config(tmp_path):
-    path = tmp_path / "small.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "name": "small",
-                "storage": str(tmp_path / "storage"),
-                "data": {
-                    "sources": [str(tiny.corpus(tmp_path / "in", 60))],
-                    "sequence_length": 48,
-                    "validation_fraction": 0.2,
-                },
-                "teacher": {"model": str(tiny.save_model(tmp_path / "teacher")), "dtype": "float32"},
-                "student": {"from_teacher": {"layers": [0]}},
-                "train": {"steps": 12, "global_batch": 8, "micro_batch": 4, "checkpoint_every": 4, "validate_every": 4},
-            }
-        )
-    )
-    return path
+    return tiny.run_config("small", tmp_path, documents=60, storage=str(tmp_path / "storage"))
 
 
-def call(cluster, *arguments, cwd, **options):
-    address = ["--address", cluster.dashboard]
-    return raystill(*arguments, *address, cwd=cwd, env=options.pop("env", variables()), timeout=500, **options)
+@pytest.fixture
+def call(cluster, tmp_path, forked_raystill):
+    """Runs a command for the cluster."""
+
+    def call(*arguments, raystill=forked_raystill, env=None):
+        return raystill(*arguments, "--address", cluster.dashboard, cwd=tmp_path, env=env or variables())
+
+    return call
 
 
 def job_id_of(done):
     return re.search(r"job (\S+): config and code, (\d+) files", done.stderr)[1]
 
 
-def test_submit_follows_to_the_end_and_is_safe_to_repeat(cluster, config, tmp_path):
-    first = call(cluster, "submit", config, "--command", "prepare", cwd=tmp_path)
+def test_submit_follows_to_the_end_and_is_safe_to_repeat(call, config):
+    first = call("submit", config, "--command", "prepare")
     assert first.returncode == 0, first.stdout + first.stderr
     assert re.search(r"prepare +\d+ s", first.stdout)
     job_id = job_id_of(first)
     assert f"job {job_id} succeeded" in first.stderr
-    again = call(cluster, "submit", config, "--command", "prepare", cwd=tmp_path)
+    again = call("submit", config, "--command", "prepare")
     assert again.returncode == 0
     assert f"job {job_id} succeeded" in again.stderr
     assert "files" not in again.stderr
-    listed = json.loads(call(cluster, "jobs", "--json", cwd=tmp_path).stdout)
+    listed = json.loads(call("jobs", "--json").stdout)
     assert [job["exit_code"] for job in listed if job["id"] == job_id] == [0]
-    table = call(cluster, "jobs", cwd=tmp_path)
+    table = call("jobs")
     assert job_id in table.stdout
-    assert call(cluster, "logs", job_id, cwd=tmp_path).stdout.count("Running entrypoint") == 1
+    assert call("logs", job_id).stdout.count("Running entrypoint") == 1
 
 
-def test_submit_ends_with_the_exit_code_of_the_command(cluster, config, tmp_path):
-    done = call(cluster, "submit", config, "train.global_batch=4000", "--command", "prepare", cwd=tmp_path)
+def test_submit_ends_with_the_exit_code_of_the_command(call, config):
+    done = call("submit", config, "train.global_batch=4000", "--command", "prepare")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "raystill:" in done.stdout
-    again = call(cluster, "submit", config, "train.global_batch=4000", "--command", "prepare", cwd=tmp_path)
+    again = call("submit", config, "train.global_batch=4000", "--command", "prepare")
     assert job_id_of(again) == f"{job_id_of(done)}-2"
 
 
@@ -104,21 +91,21 @@ def test_two_that_submit_at_once_have_one_job(cluster, config, tmp_path):
     assert sum("config and code" in err for _, err in said) == 1
 
 
-def test_stop_waits_and_the_next_submission_goes_on_from_the_checkpoint(cluster, config, tmp_path):
+def test_stop_waits_and_the_next_submission_goes_on_from_the_checkpoint(call, config, tmp_path):
     long = [config, "train.steps=200", "--command", "train", "--id", "long"]
-    assert call(cluster, "submit", config, "train.steps=200", "--command", "prepare", cwd=tmp_path).returncode == 0
-    started = call(cluster, "submit", *long, "--detach", cwd=tmp_path)
+    assert call("submit", config, "train.steps=200", "--command", "prepare").returncode == 0
+    started = call("submit", *long, "--detach")
     assert started.stdout.strip() == "long"
     checkpoints = tmp_path / "storage" / "student"
     wait_until(lambda: list(checkpoints.glob("*/checkpoints/step-*/manifest.json")), 500, "a checkpoint")
-    stopped = call(cluster, "stop", "long", cwd=tmp_path)
+    stopped = call("stop", "long")
     assert stopped.returncode == 0, stopped.stderr
     assert "job long stopped" in stopped.stderr
-    listed = json.loads(call(cluster, "jobs", "--json", cwd=tmp_path).stdout)
+    listed = json.loads(call("jobs", "--json").stdout)
     assert [job["status"] for job in listed if job["id"] == "long"] == ["STOPPED"]
     reached = max(int(path.parent.name[5:]) for path in checkpoints.glob("*/checkpoints/step-*/manifest.json"))
     assert reached < 200
-    again = call(cluster, "submit", *long, cwd=tmp_path)
+    again = call("submit", *long)
     assert again.returncode == 0, again.stdout + again.stderr
     assert job_id_of(again) == "long-2"
     summary = json.loads((tmp_path / "storage" / "summary.json").read_text())
@@ -126,26 +113,24 @@ def test_stop_waits_and_the_next_submission_goes_on_from_the_checkpoint(cluster,
     assert summary["stages"]["train"]["rows"] == 200 * 8
 
 
-def test_wrong_and_missing_tokens_are_refused_in_one_line(cluster, config, tmp_path):
+def test_wrong_and_missing_tokens_are_refused_in_one_line(call, config):
     for command in (["submit", config], ["jobs"], ["logs", "x"], ["stop", "x"]):
-        wrong = call(cluster, *command, cwd=tmp_path, env=variables(RAY_AUTH_TOKEN="wrong" * 10))
+        wrong = call(*command, env=variables(RAY_AUTH_TOKEN="wrong" * 10))
         assert wrong.returncode == 2
         assert wrong.stderr.count("\n") == 1
         assert "does not take the token" in wrong.stderr
-    missing = call(cluster, "jobs", cwd=tmp_path, env=variables(RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN=""))
+    missing = call("jobs", raystill=raystill, env=variables(RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN=""))
     assert missing.returncode == 2
     assert "asks for a token" in missing.stderr
-    unknown = call(cluster, "logs", "none", cwd=tmp_path)
+    unknown = call("logs", "none")
     assert unknown.returncode == 2
     assert "none of this id" in unknown.stderr
 
 
-def test_secrets_of_the_submitter_are_found_nowhere_in_the_cluster(cluster, config, tmp_path):
-    done = call(cluster, "submit", config, "--command", "prepare", "--id", "secrets", cwd=tmp_path)
+def test_secrets_of_the_submitter_are_found_nowhere_in_the_cluster(call, cluster, config):
+    done = call("submit", config, "--command", "prepare", "--id", "secrets")
     assert done.returncode == 0, done.stdout + done.stderr
-    listing = (
-        call(cluster, "jobs", "--json", cwd=tmp_path).stdout + call(cluster, "logs", "secrets", cwd=tmp_path).stdout
-    )
+    listing = call("jobs", "--json").stdout + call("logs", "secrets").stdout
     assert "secrets" in listing
     assert CANARY not in listing
     files = [path for path in Path(cluster.directory).rglob("*") if path.is_file() and not path.is_symlink()]
@@ -155,8 +140,8 @@ def test_secrets_of_the_submitter_are_found_nowhere_in_the_cluster(cluster, conf
     assert not [str(path) for path in files if path.suffix == ".log" and TOKEN.encode() in path.read_bytes()]
 
 
-def test_doctor_looks_at_the_nodes_and_at_the_storage_from_there(cluster, config, tmp_path):
-    done = call(cluster, "doctor", config, "--json", cwd=tmp_path)
+def test_doctor_looks_at_the_nodes_and_at_the_storage_from_there(call, cluster, config):
+    done = call("doctor", config, "--json")
     report = json.loads(done.stdout.strip().splitlines()[-1])
     found = {(check["where"].split()[0], check["what"]): check for check in report["checks"]}
     assert found["cluster", "authentication"]["status"] == "ok"
@@ -165,6 +150,6 @@ def test_doctor_looks_at_the_nodes_and_at_the_storage_from_there(cluster, config
     assert {("node", "disk"), ("node", "GPUs"), ("head", "storage"), ("head", "champions")} <= found.keys()
     assert found["head", "storage"]["status"] == "ok"
     assert done.returncode == (1 if report["failures"] else 0)
-    refused = call(cluster, "doctor", "--json", cwd=tmp_path, env=variables(RAY_AUTH_TOKEN="wrong" * 10))
+    refused = call("doctor", "--json", env=variables(RAY_AUTH_TOKEN="wrong" * 10))
     assert refused.returncode == 1
     assert "does not take the token" in refused.stdout

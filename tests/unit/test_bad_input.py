@@ -1,18 +1,14 @@
 """Every mistake through the real command line: exit code 2, one line with a way out, and no file left behind.
 
-All cases run once, two at a time, in processes of their own; each test then looks at its case.
+All cases run once, each in a process of its own; each test then looks at its case.
 """
 
 import gzip
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -25,8 +21,7 @@ from jobs.config import DataConfig, RunConfig
 from jobs.corpus import find_sources, read_documents
 from jobs.preflight import check_config, check_cpus, check_gpus
 from tests import tiny
-
-ROOT = Path(__file__).parents[2]
+from tests.command_line import environment
 
 
 @dataclass
@@ -232,7 +227,7 @@ def config_of(case):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, command):
+def results(tmp_path_factory, forked_raystill):
     """What every case printed and left: `name -> (exit code, stdout, stderr, files that are new)`."""
     shared = tmp_path_factory.mktemp("shared")
     build_inputs(shared)
@@ -252,18 +247,11 @@ def results(tmp_path_factory, command):
             before = files(here)
             verb, _, other = case.command.partition(" ")
             arguments = [verb, other or "mine.yaml", *(item.replace("{port}", port) for item in case.overrides)]
-            done = subprocess.run(
-                [*command, *arguments, *([] if name in NO_JSON else ["--json"])],
-                cwd=here,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **case.environment},
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
+            arguments += [] if name in NO_JSON else ["--json"]
+            done = forked_raystill(*arguments, cwd=here, env={**environment(), **case.environment})
             return name, (done.returncode, done.stdout, done.stderr.replace(port, "{port}"), files(here) - before)
 
-        with ThreadPoolExecutor(2) as pool:
-            return dict(pool.map(run, CASES))
+        return dict(run(name) for name in CASES)
 
 
 def files(directory):

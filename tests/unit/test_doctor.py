@@ -15,7 +15,7 @@ from jobs.doctor import examine, line_of
 from jobs.examining import machine, services
 from jobs.examining.check import Check, guarded
 from jobs.examining.ray_cluster import check_dashboard, from_inside
-from tests.command_line import free_port, last_json, raystill
+from tests.command_line import free_port, last_json
 
 
 def statuses(checks):
@@ -207,14 +207,14 @@ def test_examine_a_config_looks_at_what_it_needs(tmp_path):
     assert "failure" not in {status for what, status in found.items() if what not in ("disk", "shared memory")}
 
 
-def test_doctor_command_ends_with_one_where_something_fails(tmp_path):
+def test_doctor_command_ends_with_one_where_something_fails(tmp_path, forked_raystill):
     config = tmp_path / "c.yaml"
     config.write_text(json.dumps(json.loads(made(tmp_path).model_dump_json(by_alias=True))))
-    bad = raystill("doctor", config, "serve.host=0.0.0.0", "--json", cwd=tmp_path)
+    bad = forked_raystill("doctor", config, "serve.host=0.0.0.0", "--json", cwd=tmp_path)
     assert bad.returncode == 1
     report = last_json(bad.stdout)
     assert report["failures"] >= 1
     assert "endpoint keys" in [check["what"] for check in report["checks"] if check["status"] == "failure"]
-    lines = raystill("doctor", config, cwd=tmp_path).stdout.splitlines()
+    lines = forked_raystill("doctor", config, cwd=tmp_path).stdout.splitlines()
     assert len(lines) == len(report["checks"]) + 1
     assert all(line.startswith(("ok", "warning", "failure")) for line in lines[:-1])
