@@ -153,7 +153,7 @@ class TeacherConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     replicas: int = execution(1, ge=1)
     max_replicas: int | None = execution(None, ge=1)
-    """Autoscale up to this many replicas on waiting requests; default: no more than `replicas`."""
+    """Up to this many while requests wait and students stand still for them; default: no more than `replicas`."""
     threads_per_replica: int | None = execution(None, ge=1)
     num_gpus: float = execution(0, ge=0)
     max_batch_tokens: int = execution(16384, ge=1)

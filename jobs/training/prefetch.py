@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jobs.training.data import MicroBatch
 from jobs.training.labelled import Labels, NotLabelled
@@ -67,6 +67,8 @@ class Prefetch:
     """Of micro-batches that the teacher answered."""
     labelled_rows: int = 0
     """Rows whose signal was a stored label."""
+    _asked_before: tuple[float, float] | None = field(default=None, init=False)
+    """When the teacher was asked last, and `waited_s` then."""
 
     def pairs(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Signal]]:
         """Every micro-batch with its signal, in order. What is still asked when the caller stops is cancelled."""
@@ -124,6 +126,8 @@ class Prefetch:
         return reply.signal
 
     def _request(self, batch: MicroBatch, number: int) -> ScoreRequest:
+        now = (time.perf_counter(), self.waited_s)
+        before, self._asked_before = self._asked_before or now, now
         return ScoreRequest(
             request_id=f"{self.asker}-{batch.step}-{number}",
             token_ids=batch.token_ids,
@@ -131,4 +135,6 @@ class Prefetch:
             positions=batch.positions,
             spec=self.spec,
             seed=(self.seed + batch.step) % 2**32,  # no sequence is drawn for twice alike
+            waited_s=now[1] - before[1],
+            elapsed_s=now[0] - before[0],
         )

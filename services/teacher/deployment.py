@@ -13,10 +13,11 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
 from cluster.logs import setup_logging
+from services.teacher.autoscaling import Waits, replicas_wanted
 from services.teacher.merging import Merger
 from services.teacher.metrics import TeacherMetrics
 from services.teacher.schema import ScoreReply, ScoreRequest, TeacherDescription, TeacherServiceConfig
@@ -46,6 +47,7 @@ class Teacher:
         torch.set_num_threads(config.threads_per_replica)
         self._model = TeacherModel(config.model, config.dtype, config.tokenizer, config.max_batch_tokens)
         self._merger = Merger(self._model.score, config.max_batch_tokens, TeacherMetrics())
+        self._waits = Waits()
         logger.info("teacher %s is ready: %s", config.model, self._model.describe())
 
     async def describe(self) -> TeacherDescription:
@@ -57,7 +59,11 @@ class Teacher:
     async def score(self, request: ScoreRequest) -> ScoreReply:
         """The signal for one request; `TeacherFailed` if it can never be answered."""
         self._model.check(request)
+        self._waits.add(request.waited_s, request.elapsed_s)
         return await self._merger.reply(request)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return self._waits.take()
 
 
 def _actor_options(config: TeacherServiceConfig) -> dict[str, Any]:
@@ -90,6 +96,7 @@ def app(config: TeacherServiceConfig) -> Application:
                     target_ongoing_requests=2,
                     upscale_delay_s=10,
                     downscale_delay_s=120,
+                    policy=AutoscalingPolicy(policy_function=replicas_wanted),
                 )
             }
         ),

@@ -23,7 +23,7 @@ class TeacherServiceConfig(Config):
     """`auto` is bfloat16 where the processor multiplies it; name one if the replicas' processors differ."""
     replicas: int = execution(1, ge=1)
     max_replicas: int | None = execution(None, ge=1)
-    """Autoscale on waiting requests up to this many; default: no more than `replicas`."""
+    """Up to this many while requests wait and students stand still for them; default: no more than `replicas`."""
     threads_per_replica: int = execution(1, ge=1)
     num_gpus: float = execution(0, ge=0)
     max_batch_tokens: int = execution(16384, ge=1)
@@ -47,6 +47,8 @@ class ScoreRequest:
         positions: int32 [N], indices into `token_ids`.
         spec: the signal wanted.
         seed: for `sampled`: what is drawn follows from it and the tokens alone.
+        waited_s: how long the asker stood still for answers since it asked before; more replicas follow from it.
+        elapsed_s: how long ago it asked before; 0 where it does not say.
     """
 
     request_id: str
@@ -55,6 +57,8 @@ class ScoreRequest:
     positions: np.ndarray
     spec: SignalSpec
     seed: int = 0
+    waited_s: float = 0.0
+    elapsed_s: float = 0.0
 
     @property
     def num_tokens(self) -> int:
