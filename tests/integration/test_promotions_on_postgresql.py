@@ -1,14 +1,8 @@
 """The same promotions on a real PostgreSQL, and the whole registry on servers: PostgreSQL, MLflow, S3."""
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -135,35 +129,10 @@ def test_database_that_is_away_is_one_line_without_the_password():
 @pytest.fixture(scope="module")
 def mlflow_server(postgresql, s3_server, tmp_path_factory):
     """An MLflow server on PostgreSQL with its artefacts on S3; returns its address."""
-    s3_server.make_bucket("mlflow")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("mlflow") / "log"
-    variables = {
-        **os.environ,
-        **s3_server.environment(),
-        "MLFLOW_S3_ENDPOINT_URL": s3_server.endpoint,
-        "MLFLOW_BACKEND_STORE_URI": postgresql.make_database("mlflow"),
-    }
-    command = [sys.executable, "-m", "mlflow", "server", "--artifacts-destination", "s3://mlflow/a"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env=variables, stdout=out, stderr=out, start_new_session=True)
-    address, ends = f"http://127.0.0.1:{port}", time.monotonic() + 120
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                assert process.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < ends, log.read_text()[-3000:]
-                time.sleep(0.2)
+    from tests import mlflow_server
+
+    with mlflow_server.running(postgresql, s3_server, tmp_path_factory.mktemp("mlflow")) as address:
         yield address
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def test_register_promote_rollback_and_versions_on_servers(
