@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from jobs.training.data import MicroBatch
 from jobs.training.labelled import Labels, NotLabelled
@@ -67,8 +67,6 @@ class Prefetch:
     """Of micro-batches that the teacher answered."""
     labelled_rows: int = 0
     """Rows whose signal was a stored label."""
-    _asked_before: tuple[float, float] | None = field(default=None, init=False)
-    """When the teacher was asked last, and `waited_s` then."""
 
     def pairs(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Signal]]:
         """Every micro-batch with its signal, in order. What is still asked when the caller stops is cancelled."""
@@ -76,6 +74,7 @@ class Prefetch:
         in_flight_bytes, number = 0, 0
         upcoming = next(batches, None)
         ready: tuple[MicroBatch, Signal] | None = None
+        self.teacher.counters.waited_s = self.teacher.counters.waited_s or 0.0
         try:
             while waiting or upcoming is not None or ready is not None:
                 while upcoming is not None:
@@ -93,7 +92,9 @@ class Prefetch:
                     asked = waiting.popleft()
                     started = time.perf_counter()
                     signal = self._answer(asked)
-                    self.waited_s += time.perf_counter() - started
+                    waited_s = time.perf_counter() - started
+                    self.waited_s += waited_s
+                    self.teacher.counters.waited_s += waited_s
                     ready = asked.batch, signal
                     in_flight_bytes -= asked.size
         finally:
@@ -126,8 +127,6 @@ class Prefetch:
         return reply.signal
 
     def _request(self, batch: MicroBatch, number: int) -> ScoreRequest:
-        now = (time.perf_counter(), self.waited_s)
-        before, self._asked_before = self._asked_before or now, now
         return ScoreRequest(
             request_id=f"{self.asker}-{batch.step}-{number}",
             token_ids=batch.token_ids,
@@ -135,6 +134,4 @@ class Prefetch:
             positions=batch.positions,
             spec=self.spec,
             seed=(self.seed + batch.step) % 2**32,  # no sequence is drawn for twice alike
-            waited_s=now[1] - before[1],
-            elapsed_s=now[0] - before[0],
         )

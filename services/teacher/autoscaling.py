@@ -1,13 +1,40 @@
 """How many replicas there are: as many as requests ask for, but more only while students stand still for their answers.
 
 A student asks ahead, so requests wait at the teacher also when their answers will be early enough; what another replica
-is worth is known by the students alone. Each request says how long its asker stood still since the one before.
+is worth is known by the students alone. Each request says how long its asker stood still since the one before was sent.
 """
 
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+
+from services.teacher.schema import ScoreRequest
 
 ENOUGH = 0.05
 """Share of their time that students may stand still for the teacher without another replica being started."""
+
+
+class Standing:
+    """The asker's side: how long it stood still between a request that is sent and the one before."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._before: tuple[float, float] | None = None
+
+    def told(self, request: ScoreRequest, waited_s: float | None) -> ScoreRequest:
+        """The request as it is to be sent now.
+
+        Args:
+            waited_s: what the asker has waited in all so far; None where it does not say.
+        """
+        if waited_s is None:
+            return request
+        with self._lock:
+            now = (self._clock(), waited_s)
+            before, self._before = self._before or now, now
+        return replace(request, elapsed_s=now[0] - before[0], waited_s=max(0.0, now[1] - before[1]))
 
 
 class Waits:

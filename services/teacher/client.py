@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from cluster.connection import while_ray_lives
 from cluster.errors import TeacherFailed, TeacherUnavailable
+from services.teacher.autoscaling import Standing
 from services.teacher.pacing import Pacing
 from services.teacher.schema import ScoreReply, ScoreRequest, TeacherDescription, TeacherServiceConfig, check_reply
 from services.teacher.signals import HeadRecord, copied
@@ -34,6 +35,8 @@ class ClientCounters:
 
     calls: int = 0
     retries: int = 0
+    waited_s: float | None = None
+    """Seconds that the asker stood still for answers, added up by itself; None where it does not say."""
 
 
 class TeacherAnswers(Protocol):
@@ -87,6 +90,7 @@ class TeacherClient:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._fingerprint = fingerprint
+        self._standing = Standing()
         self.counters = ClientCounters()
 
     def describe(self) -> TeacherDescription:
@@ -123,7 +127,7 @@ class TeacherClient:
         with self._pacing.place():
             if self._closed.is_set():
                 raise TeacherUnavailable(f"teacher {self._app_name!r}: not asked any more, the client was closed")
-            return self.score(request)
+            return self.score(self._standing.told(request, self.counters.waited_s))
 
     def close(self) -> None:
         """Gives up what is still asked: no further attempts are made."""

@@ -47,8 +47,8 @@ class ScoreRequest:
         positions: int32 [N], indices into `token_ids`.
         spec: the signal wanted.
         seed: for `sampled`: what is drawn follows from it and the tokens alone.
-        waited_s: how long the asker stood still for answers since it asked before; more replicas follow from it.
-        elapsed_s: how long ago it asked before; 0 where it does not say.
+        waited_s: how long the asker stood still for answers since it sent one before; more replicas follow from it.
+        elapsed_s: how long ago that was; 0 where it does not say.
     """
 
     request_id: str

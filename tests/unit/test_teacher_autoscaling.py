@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from ray.serve.config import AutoscalingPolicy
 
 from jobs.training.prefetch import Prefetch
-from services.teacher.autoscaling import Waits, replicas_wanted
+from services.teacher.autoscaling import Standing, Waits, replicas_wanted
+from services.teacher.client import ClientCounters
 from services.teacher.schema import ScoreReply, ScoreRequest
 from services.teacher.signals import HiddenSignal, SignalSpec
 from tests.unit.test_prefetch import batch
@@ -78,26 +80,37 @@ print(policy(N(total_num_requests=8, target_num_replicas=1, aggregated_metrics=N
 
 
 class Teacher:
-    """Answers after a while, and remembers what it was told."""
+    """Takes a while for an answer; a request is sent when the one before is answered, as with a single place."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.requests = seconds, list[ScoreRequest]()
+        self.seconds, self.sent = seconds, list[ScoreRequest]()
+        self.counters, self._standing = ClientCounters(), Standing()
+        self._thread = ThreadPoolExecutor(1)
 
     def submit(self, request: ScoreRequest) -> Any:
-        self.requests.append(request)
+        return self._thread.submit(self._answer, request)
+
+    def _answer(self, request: ScoreRequest) -> ScoreReply:
+        self.sent.append(self._standing.told(request, self.counters.waited_s))
+        time.sleep(self.seconds)
         signal = HiddenSignal(np.zeros((len(request.positions), 4), np.uint16))
-        reply = ScoreReply(request.request_id, "f", request.num_tokens, signal)
-        return SimpleNamespace(result=lambda: time.sleep(self.seconds) or reply, cancel=lambda: None)
+        return ScoreReply(request.request_id, "f", request.num_tokens, signal)
 
 
-@pytest.mark.parametrize(("teacher_s", "student_s", "low", "high"), [(0.03, 0.0, 0.7, 1.0), (0.0, 0.03, 0.0, 0.2)])
-def test_requests_say_how_long_their_student_stood_still(teacher_s, student_s, low, high):
+@pytest.mark.parametrize("window_bytes", [64, 1 << 20])  # a micro-batch, or all of them asked before the first answer
+@pytest.mark.parametrize(("teacher_s", "student_s", "low", "high"), [(0.03, 0.0, 0.7, 1.01), (0.001, 0.03, 0.0, 0.5)])
+def test_requests_say_how_long_their_student_stood_still(teacher_s, student_s, low, high, window_bytes):
     teacher = Teacher(teacher_s)
-    pairs: Iterator[Any] = Prefetch(teacher, SignalSpec("hidden", 100), 8, 64, "0").pairs(
+    pairs: Iterator[Any] = Prefetch(teacher, SignalSpec("hidden", 100), 8, window_bytes, "0").pairs(
         batch(number, 4) for number in range(12)
     )
     for _ in pairs:
         time.sleep(student_s)
-    assert teacher.requests[0].elapsed_s == teacher.requests[0].waited_s == 0
-    waited, elapsed = (sum(getattr(item, name) for item in teacher.requests) for name in ("waited_s", "elapsed_s"))
+    assert teacher.sent[0].elapsed_s == teacher.sent[0].waited_s == 0
+    waited, elapsed = (sum(getattr(item, name) for item in teacher.sent) for name in ("waited_s", "elapsed_s"))
     assert low <= waited / elapsed <= high
+
+
+def test_asker_that_does_not_say_is_not_told_of():
+    request = ScoreRequest("a", *(np.zeros(1, np.int32) for _ in range(3)), SignalSpec("hidden", 100))
+    assert Standing().told(request, None) is request
