@@ -2,8 +2,9 @@
 
 Everything that raystill keeps is on a server of its kind: corpora, checkpoints and students on S3 (OpenStack Swift),
 runs and versions on MLflow, whose records are on PostgreSQL and whose artefacts are on S3, champions on PostgreSQL. Two
-runs of the shipped demo under two names share all of them and the machine. They have the same seed, so each must come
-to the same losses, and MLflow must have every step of each, once. The last line is JSON.
+runs of the shipped demo under two names share all of them and the machine. They have the same seed, so each must see
+the same rows and come to the same losses (as far as bfloat16 does: teachers merge the requests that are there), and
+MLflow must have every step of each, once. The last line is JSON.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from tests.command_line import COMMAND, environment, free_port, last_json
 
 NAMES = ("first", "second")
 TEACHER_STEPS, STEPS = 1050, 450
+LARGEST_GAP = 0.01
 DEMO = Path(__file__).parents[2] / "jobs" / "configs" / "demo.yaml"
 
 
@@ -106,15 +108,17 @@ def main() -> None:
             seconds = sum(stage["seconds"] for stage in summaries[name]["stages"].values())
             rows.append([name, f"{seconds:.0f}", f"{training['rows']:,}", f"{training['losses'][-1]:.6f}", champion])
         first, second = (trainings[name] for name in NAMES)
-        same = {key: first[key] == second[key] for key in ("rows", "rows_checksum", "losses")}
-        problems += [f"the two differ in {key}" for key, equal in same.items() if not equal]
+        problems += [f"the two differ in {key}" for key in ("rows", "rows_checksum") if first[key] != second[key]]
+        gap = max(abs(a - b) / a for a, b in zip(first["losses"], second["losses"], strict=True))
+        if gap > LARGEST_GAP:
+            problems.append(f"a loss of the two differs by {gap:.1e} of itself")
     table = Table(
         "run", "seconds", "rows", "last loss", "champion", title="Two runs at once on PostgreSQL, MLflow and S3"
     )
     for row in rows:
         table.add_row(*row)
     Console(stderr=True).print(table)
-    print(json.dumps({"runs": len(rows), "same_losses": same["losses"], "problems": problems}))
+    print(json.dumps({"runs": len(rows), "largest_loss_gap": gap, "problems": problems}))
     sys.exit(1 if problems else 0)
 
 
