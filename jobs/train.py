@@ -70,6 +70,8 @@ def run_training(plan: TrainPlan, connection: Connection, bar: Bar, on_step: OnS
         "parts_s": outcome["parts_s"],
         "validation": outcome["validation"],
         "losses": outcome["losses"],
+        "cross_entropies": outcome["cross_entropies"],
+        "divergences": outcome["divergences"],
     }
 
 

@@ -56,12 +56,26 @@ class Point:
     high: float | None = None
 
 
-def training(losses: Sequence[float], validation: Sequence[Sequence[float]], teacher: float | None) -> str:
-    """Loss of each step, and held-out bits per byte at the steps where they were measured, with the teacher's."""
+def training(
+    losses: Sequence[float],
+    parts: dict[str, Sequence[float]],
+    validation: Sequence[Sequence[float]],
+    teacher: float | None,
+) -> str:
+    """Loss of each step, and held-out bits per byte at the steps where they were measured, with the teacher's.
+
+    Args:
+        parts: of the loss, by name; drawn where there are at least two. They end with the last step.
+    """
 
     def draw(figure: Figure) -> None:
         of_loss, of_validation = figure.subplots(1, 2)
-        of_loss.plot(range(1, len(losses) + 1), losses, color=_SERIES[0], linewidth=1)
+        lines = {"objective": losses, **(parts if len(parts) > 1 else {})}
+        for (name, values), colour in zip(lines.items(), (_SERIES[0], *_SERIES[2:]), strict=False):
+            steps_of_it = range(len(losses) - len(values) + 1, len(losses) + 1)
+            of_loss.plot(steps_of_it, values, color=colour, linewidth=1, label=name)
+        if len(lines) > 1:
+            of_loss.legend()
         of_loss.set(title="training loss, nats per token", xlabel="step")
         steps, values = [item[0] for item in validation], [item[1] for item in validation]
         of_validation.plot(steps, values, color=_SERIES[1], marker="o", markersize=4, label="student")

@@ -264,8 +264,13 @@ def _figures(
         out.append(("Agreement by place in the row", caption, svg))
     if trained.get("losses"):
         teacher = details[0].get("teacher_bits_per_byte_in_training")
-        svg = plots.training(trained["losses"], trained.get("validation", []), teacher)
-        caption = "The loss is the objective of the training; bits per byte are of the held-out rows that it looked at."
+        named = {"against the text": "cross_entropies", "against the teacher": "divergences"}
+        parts = {name: trained[key] for name, key in named.items() if trained.get(key)}
+        svg = plots.training(trained["losses"], parts, trained.get("validation", []), teacher)
+        caption = (
+            "The loss is the objective of the training, its parts the cross-entropy of the text and the divergence "
+            "from the teacher before they are weighted; bits per byte are of the held-out rows that it looked at."
+        )
         out.append(("Training of the student", caption, svg))
     if sum(trained.get("parts_s", {}).values()):
         parts = {name: trained["parts_s"].get(name, 0.0) for name in PARTS}

@@ -39,6 +39,9 @@ class TrainState:
     """Optimiser steps done; the cursor is `step * global_batch` rows."""
     cursor: dict[str, int] = field(default_factory=lambda: {"epoch": 0, "position": 0})
     losses: list[float] = field(default_factory=list)
+    cross_entropies: list[float] = field(default_factory=list)
+    """The parts of the losses, step by step; divergences stay empty while there is no teacher."""
+    divergences: list[float] = field(default_factory=list)
     rows: int = 0
     tokens: int = 0
     positions: int = 0

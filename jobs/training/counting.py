@@ -41,6 +41,7 @@ def count_step(
     epoch, position = divmod(state.step * config.global_batch, num_rows)
     state.cursor = {"epoch": epoch, "position": position}
     state.losses.append(sums.loss / positions)
+    state.cross_entropies.append(sums.cross_entropy / positions)
     state.rows += int(sums.rows)
     state.tokens += int(sums.tokens)
     state.rows_checksum += int(sums.rows_checksum)
@@ -71,6 +72,7 @@ def count_step(
         **{f"train/{name}_s": part_s for name, part_s in parts.items() if name != "wait"},
     }
     if sums.teacher_calls or state.teacher_calls or sums.labelled_rows:
+        state.divergences.append(sums.divergence / positions)
         metrics |= {
             "train/divergence": sums.divergence / positions,
             "train/agreement": sums.agreements / positions,

@@ -87,6 +87,8 @@ def outputs(quantised=True, teacher=True):
         "prepare": {"fingerprint": "corpusprint", "tokenizer_fingerprint": "tokenizerprint"},
         "train": {
             "losses": [3.0, 2.0, 1.5],
+            "cross_entropies": [3.5, 3.0, 2.5],
+            "divergences": [2.5, 1.5, 1.0],
             "validation": [[1, 2.5], [3, 2.0]],
             "parts_s": {"data": 1.0, "wait": 2.0, "forward": 3.0, "loss": 2.0, "backward": 1.0, "optimizer": 1.0},
             "train_s": 12.0,
@@ -253,3 +255,12 @@ def test_compression_is_against_the_teacher():
     guessing = {**teacher, "task/q/acc": 0.25}
     assert "task/q/retention_percent" not in with_compression({"student": model}, guessing)["student"]
     assert with_compression({"student": model}, None) == {"student": model}
+
+
+def test_loss_is_drawn_with_its_parts_where_a_teacher_had_one():
+    html = render_report(CONFIG, outputs(), KEYS)
+    for name in ("objective", "against the text", "against the teacher"):
+        assert f">{name}</text>" in html
+    alone = outputs()
+    alone["train"] |= {"divergences": []}
+    assert ">objective</text>" not in render_report(CONFIG, alone, KEYS)
