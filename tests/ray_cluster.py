@@ -111,16 +111,19 @@ def main() -> None:
     cluster = Cluster()
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
     first = _added(cluster, **dashboard, **common, **head)
-    nodes = {first.node_id: first}
+    nodes, num_lost = {first.node_id: first}, 0
     _answer({"address": cluster.address, "dashboard": f"http://{first.webui_url}", "node": first.node_id})
     for line in sys.stdin:
         order = json.loads(line)
         if "add" in order:
-            node = _added(cluster, **common, **order["add"])
+            # Nodes of one directory take the working directories of each other's jobs away.
+            own = {**common, "temp_dir": f"{directory}/{len(nodes) + num_lost}"}
+            node = _added(cluster, **own, **order["add"])
             nodes[node.node_id] = node
             _answer({"node": node.node_id})
         else:
             cluster.remove_node(nodes.pop(order["kill"]), allow_graceful=False)
+            num_lost += 1
             _answer({"node": order["kill"]})
     cluster.shutdown()
 

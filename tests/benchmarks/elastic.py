@@ -39,6 +39,8 @@ from tests.ray_cluster import RayCluster, running, wait_until
 TOKEN = "elastic-" + "0f" * 24
 NOTICE_S = 30
 BATCH = 8
+DEEP = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 32}
+"""The teacher, of which the student is the first layer."""
 SETTLED = 100
 """Steps between two faults."""
 REPORTED_S = 3.0
@@ -146,8 +148,8 @@ def write_config(directory: Path, storage: Path, steps: int) -> Path:
         storage=str(storage),
         cluster={"pools": {}},
         teacher={
-            # So deep that students wait for one, and asked so little ahead that a fault is felt at once.
-            "model": str(tiny.save_model(directory / "deep", num_hidden_layers=24)),
+            # So deep that students wait for it, and asked so little ahead that a fault is felt at once.
+            "model": str(tiny.save_model(directory / "deep", **DEEP)),
             "replicas": 1,
             "max_replicas": 2,
             "threads_per_replica": 1,
@@ -321,7 +323,7 @@ def plain(watched: Watched, directory: Path, fault: str) -> dict[str, Any]:
 def main() -> None:
     options = arguments(__doc__ or "")
     namespaces.enter("tests.benchmarks.elastic", needed=False)
-    steps = 3000 if options.quick else 10_000
+    steps = 2000 if options.quick else 10_000
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
     os.environ.update(variables)
     rows, result = [], {}
