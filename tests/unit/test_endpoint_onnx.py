@@ -1,5 +1,7 @@
 """ONNX graphs with a cache: sequences that share a run, leave it, and come back get what they would get alone."""
 
+import asyncio
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from onnx import TensorProto, helper
 
 from cluster.errors import ModelError
 from jobs.quantization import onnx_int8
-from services.endpoint.decoding import joined
+from services.endpoint.decoding import Piece, joined
 from services.endpoint.engines.base import Place, Read
 from services.endpoint.engines.onnx import CachedEngine, open_session
 from services.endpoint.model import ServedModel
@@ -81,6 +83,20 @@ def reserved(engine: CachedEngine, num_tokens: int = 40) -> Place:
     return place
 
 
+def stepping(engine: CachedEngine, table: np.ndarray, read: dict[Place, list[int]]) -> Callable[..., None]:
+    """One pass over pairs of a place and the tokens that it reads, checked and noted in `read`."""
+
+    def step(*parts: tuple[Place, list[int]]) -> None:
+        rows = engine.forward([Read(place, token_ids) for place, token_ids in parts])
+        for row, (place, token_ids) in zip(rows, parts, strict=True):
+            read.setdefault(place, []).extend(token_ids)
+            expected = table[token_ids[-1]] + 4 * sum(read[place]) + len(read[place]) - 1
+            assert torch.allclose(row, torch.from_numpy(expected), atol=1e-4)
+            assert place.length == len(read[place])
+
+    return step
+
+
 def test_sequences_of_any_length_join_leave_and_fork(engine: CachedEngine, table: np.ndarray) -> None:
     read: dict[Place, list[int]] = {}
     runs = 0
@@ -93,14 +109,7 @@ def test_sequences_of_any_length_join_leave_and_fork(engine: CachedEngine, table
 
     engine._run = counted  # type: ignore[method-assign,assignment]
 
-    def step(*parts: tuple[Place, list[int]]) -> None:
-        rows = engine.forward([Read(place, token_ids) for place, token_ids in parts])
-        for row, (place, token_ids) in zip(rows, parts, strict=True):
-            read.setdefault(place, []).extend(token_ids)
-            expected = table[token_ids[-1]] + 4 * sum(read[place]) + len(read[place]) - 1
-            assert torch.allclose(row, torch.from_numpy(expected), atol=1e-4)
-            assert place.length == len(read[place])
-
+    step = stepping(engine, table, read)
     first, second, third = (reserved(engine) for _ in range(3))
     step((first, [1, 2, 3]), (second, [4, 5, 6, 7]))
     runs = 0
@@ -124,6 +133,16 @@ def test_sequences_of_any_length_join_leave_and_fork(engine: CachedEngine, table
     assert runs == 4
 
 
+def test_first_token_of_a_sequence_is_read_beside_others(engine: CachedEngine, table: np.ndarray) -> None:
+    step = stepping(engine, table, {})
+    written, other, third, fourth = (reserved(engine) for _ in range(4))
+    step((written, [1, 2]))
+    step((written, [3]), (other, [4]))
+    step((written, [5]), (other, [6]))
+    step((written, [7]), (third, [8]), (other, [9]), (fourth, [10]))
+    step((third, [1]), (fourth, [2]))
+
+
 def test_places_are_counted_in_tokens(engine: CachedEngine) -> None:
     places = [reserved(engine, 90), reserved(engine, 110)]
     assert engine.reserve(1) is None
@@ -137,21 +156,26 @@ def test_graph_without_a_matching_output_is_refused(tmp_path: Path, table: np.nd
         CachedEngine(open_session(tmp_path / "model.onnx"), 200)
 
 
-def test_exported_student_answers_among_others_what_it_answers_alone(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    source, made = tmp_path / "float", tmp_path / "int8"
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A version with an exported graph."""
+    source, made = tmp_path_factory.mktemp("float"), tmp_path_factory.mktemp("int8")
     save_version(source, seed=3)
-    made.mkdir()
     onnx_int8.quantize(str(source), made)
     byte_level_tokenizer().save_pretrained(made)
-    model = ServedModel(made, max_context_tokens=120, max_new_tokens=40)
+    return made
+
+
+def test_exported_student_answers_among_others_what_it_answers_alone(student: Path) -> None:
+    torch.set_num_threads(1)
+    model = ServedModel(student, max_context_tokens=120, max_new_tokens=40)
     greedy = Sampling(max_new_tokens=24, temperature=0.0, top_logprobs=0)
     prompts = [model.encode(text) for text in ("the cat", "a", "on the mat sat the cat and the", "猫", "dog dog")]
     alone = [joined(answer(model, prompt, greedy)) for prompt in prompts]
     together = [joined(pieces) for pieces in answers(model, [(prompt, greedy) for prompt in prompts])]
 
     def read_at_once(token_ids: list[int]) -> int:
-        engine = CachedEngine(open_session(made / "model.onnx"), 200)
+        engine = CachedEngine(open_session(student / "model.onnx"), 200)
         place = engine.reserve(len(token_ids))
         assert place is not None
         return int(engine.forward([Read(place, token_ids)])[0, : model.vocabulary.size].argmax())
@@ -162,3 +186,31 @@ def test_exported_student_answers_among_others_what_it_answers_alone(tmp_path: P
             assert abs((one.logprob or 0) - (other.logprob or 0)) < 1e-4
         ids = [token.token_id for token in mine.tokens]
         assert ids[-1] == read_at_once(prompt + ids[:-1])
+
+
+def test_exported_student_reads_prompts_of_one_token_beside_answers(student: Path) -> None:
+    torch.set_num_threads(1)
+    model = ServedModel(student, max_context_tokens=120, max_new_tokens=80)
+    greedy = Sampling(max_new_tokens=8, temperature=0.0, top_logprobs=0)
+    longer = Sampling(max_new_tokens=60, temperature=0.0, top_logprobs=0)
+    long, short, other = (model.encode(text) for text in ("the cat", "c", "t"))
+    assert len(short) == len(other) == 1
+    alone = [joined(answer(model, *request)) for request in ((long, longer), (short, greedy), (other, greedy))]
+
+    async def rest(running: AsyncGenerator[int | Piece]) -> list[Piece]:
+        return joined([piece async for piece in running if isinstance(piece, Piece)])
+
+    async def short_while_the_long_is_written() -> list[list[Piece]]:
+        running = model.submit([long], longer)
+        await anext(running)
+        begun = await anext(running)
+        assert isinstance(begun, Piece)
+        later = await asyncio.gather(*(rest(model.submit([prompt], greedy)) for prompt in (short, other)))
+        return [joined([begun, *await rest(running)]), *later]
+
+    assert texts(asyncio.run(short_while_the_long_is_written())) == texts(alone)
+    assert texts(answers(model, [(short, greedy), (other, greedy)])) == texts(alone[1:])
+
+
+def texts(answers: list[list[Piece]]) -> list[list[str]]:
+    return [[choice.text for choice in pieces] for pieces in answers]

@@ -113,7 +113,8 @@ class CachedEngine(_OnnxEngine):
 
     def forward(self, reads: list[Read]) -> Tensor:
         found: dict[int, Tensor] = {}
-        single = [read for read in reads if len(read.token_ids) == 1]
+        # The first token of a sequence has no cache that could be joined with those of others.
+        single = [read for read in reads if len(read.token_ids) == 1 and read.place.length]
         shared = single if len(single) > 1 and self._worthwhile(single) else []
         if shared:
             for read, row in zip(shared, self._run_batch(shared), strict=True):
