@@ -28,8 +28,8 @@ class Outline:
         return longest * min(self.num_choices * self.num_prompts, config.max_choices)
 
 
-def outline(body: bytes) -> Outline:
-    """Reads JSON; of what is no object, nothing."""
+def outline(path: str, body: bytes) -> Outline:
+    """Reads the JSON of a request to `path`; of what is no object, nothing."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):
@@ -39,7 +39,7 @@ def outline(body: bytes) -> Outline:
     prompt = fields.get("prompt")
     # One list of token ids is one prompt.
     several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], (str, list))
-    limit = next((found for name in _LIMITS if (found := _number(fields.get(name))) is not None), None)
+    limit = next((found for name in _LIMITS.get(path, ()) if (found := _number(fields.get(name))) is not None), None)
     return Outline(
         model=_text(fields.get("model")),
         user=_text(fields.get("user")) or _text(fields.get("safety_identifier")),
@@ -49,7 +49,11 @@ def outline(body: bytes) -> Outline:
     )
 
 
-_LIMITS = ("max_completion_tokens", "max_tokens")
+_LIMITS = {
+    "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
+    "/v1/completions": ("max_tokens",),
+}
+"""What bounds an answer, the first that is there; a key that a path does not know is ignored there, and so here."""
 
 
 def _text(value: Any) -> str:

@@ -143,7 +143,7 @@ class Router:
         """
         request = Request(scope, receive)
         body = await self._bodies.read(request)
-        asked = outline(body)
+        asked = outline(scope["path"], body)
         account = account_of(request)
         account.admit(self._arguments.model_name, len(body), asked.longest_answer(self._arguments))
         table = self.table

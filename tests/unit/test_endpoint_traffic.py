@@ -1,15 +1,17 @@
 """Who answers: stable for a subject, fair over subjects, and never taken back when the share rises."""
 
+import itertools
 import json
 
 import pytest
 
 from services.endpoint.outline import outline
-from services.endpoint.schema import EndpointConfig
+from services.endpoint.schema import ChatRequest, CompletionRequest, EndpointConfig
 from services.endpoint.traffic import Route, RoutingTable, is_shadowed, pick, place, subject_of
 
 OLD = Route("old", "1", "a" * 64, "file:///1", "float", 200, 64)
 NEW = Route("new", "2", "b" * 64, "file:///2", "float", 200, 64)
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 SUBJECTS = [f"user {number}" for number in range(10_000)]
 
 
@@ -61,7 +63,7 @@ def test_shadow_takes_its_share_of_requests() -> None:
 def test_subject_is_the_key_with_the_user_and_else_the_request() -> None:
     def subject(key: bytes | None, body: object, request: str = "r") -> str:
         headers = [(b"host", b"x")] + ([(b"authorization", key)] if key else [])
-        return subject_of(headers, outline(json.dumps(body).encode()).user, request)
+        return subject_of(headers, outline(TEXT, json.dumps(body).encode()).user, request)
 
     assert subject(b"Bearer a", {"user": "u"}, "1") == subject(b"Bearer a", {"prompt": "hi", "user": "u"}, "2")
     assert subject(b"Bearer a", {"user": "u"}) != subject(b"Bearer b", {"user": "u"})
@@ -74,24 +76,38 @@ def test_subject_is_the_key_with_the_user_and_else_the_request() -> None:
 
 def test_subject_of_a_body_that_cannot_be_read_has_no_user() -> None:
     bodies = (b'{"user": ', b'["user"]', b'{"user": 7}', b'{"user":' + b"[" * 100_000, b'\xff"user"', b'{"user": ""}')
-    assert {subject_of([], outline(body).user, "r") for body in bodies} == {"request r"}
+    assert {subject_of([], outline(TEXT, body).user, "r") for body in bodies} == {"request r"}
 
 
 @pytest.mark.parametrize(
-    ("body", "longest"),
+    ("path", "body", "longest"),
     [
-        ({"prompt": "a"}, 64),
-        ({"prompt": "a", "max_tokens": 7, "n": 3}, 21),
-        ({"prompt": ["a", "b"], "max_tokens": 7}, 14),
-        ({"prompt": [5, 6, 7], "max_tokens": 7}, 7),
-        ({"prompt": [[5], [6, 7]], "max_tokens": 10**9}, 128),
-        ({"messages": [], "max_tokens": 9, "max_completion_tokens": 5}, 5),
-        ({"messages": [], "n": 10**12}, 64 * 8),
-        ({"messages": [], "n": True, "max_tokens": -4}, 64),
-        ({"input": ["a", "b"]}, 0),
-        ([1], 0),
+        (TEXT, {"prompt": "a"}, 64),
+        (TEXT, {"prompt": "a", "max_tokens": 7, "n": 3}, 21),
+        (TEXT, {"prompt": ["a", "b"], "max_tokens": 7}, 14),
+        (TEXT, {"prompt": [5, 6, 7], "max_tokens": 7}, 7),
+        (TEXT, {"prompt": [[5], [6, 7]], "max_tokens": 10**9}, 128),
+        (CHAT, {"messages": [], "max_tokens": 9, "max_completion_tokens": 5}, 5),
+        (TEXT, {"prompt": "a", "max_tokens": 9, "max_completion_tokens": 5}, 9),
+        (TEXT, {"prompt": "a", "max_completion_tokens": 5}, 64),
+        (CHAT, {"messages": [], "n": 10**12}, 64 * 8),
+        (CHAT, {"messages": [], "n": True, "max_tokens": -4}, 64),
+        ("/v1/embeddings", {"input": ["a", "b"]}, 0),
+        (TEXT, [1], 0),
     ],
 )
-def test_longest_answer_is_what_the_body_asks_for_within_bounds(body: object, longest: int) -> None:
+def test_longest_answer_is_what_the_body_asks_for_within_bounds(path: str, body: object, longest: int) -> None:
     config = EndpointConfig(max_new_tokens=64, max_choices=8)
-    assert outline(json.dumps(body).encode()).longest_answer(config) == longest
+    assert outline(path, json.dumps(body).encode()).longest_answer(config) == longest
+
+
+@pytest.mark.parametrize(("path", "kind"), [(TEXT, CompletionRequest), (CHAT, ChatRequest)])
+def test_longest_answer_is_what_the_version_writes_at_most(
+    path: str, kind: type[CompletionRequest] | type[ChatRequest]
+) -> None:
+    asked = {"model": "m", "prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+    config = EndpointConfig(max_new_tokens=64, max_choices=8)
+    for limits in itertools.product((None, 1, 9, 100), repeat=2):
+        body = {**asked, "n": 2, **dict(zip(("max_tokens", "max_completion_tokens"), limits, strict=True))}
+        written = kind.model_validate(body).longest_answer(config.max_new_tokens)
+        assert outline(path, json.dumps(body).encode()).longest_answer(config) == written
