@@ -27,6 +27,10 @@ from cluster.promotions import State as PromotionState
 End = Literal["failed", "ended", "overtaken"]
 State = Literal["running", "passed", End]
 _OF_THE_PROMOTION: dict[End, PromotionState] = {"failed": "rolled_back", "ended": "abandoned", "overtaken": "lost"}
+_OF_THE_CANARY: dict[PromotionState, State] = {
+    **{promotion: end for end, promotion in _OF_THE_PROMOTION.items()},
+    **dict.fromkeys(("crowned", "announced"), "passed"),
+}
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,11 @@ def end_canary(
 
 class _NotEnded(Exception):
     """Takes the transaction back."""
+
+
+def end_of(promotion: Promotion) -> State | None:
+    """How the canary of a promotion that had one ended, also when its row is gone; None: it did not."""
+    return _OF_THE_CANARY.get(promotion.state)
 
 
 def mark_canary_announced(engine: Engine, canary: Canary) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from cluster.canaries import latest_canary, mark_canary_announced, running_canary
+from cluster.canaries import Canary, end_of, latest_canary, mark_canary_announced, running_canary
 from cluster.champions import Champion, current_champion, has_database, now_text, opened
 from cluster.errors import PromotionRefused
-from cluster.promotions import Promotion, abandon_dead, advance, crown, mark_announced, reign_of
-from cluster.registry import point_challenger, point_champion, tag_version
+from cluster.promotions import Promotion, abandon_dead, advance, crown, history, mark_announced, reign_of
+from cluster.registry import list_versions, point_challenger, point_champion, tag_version
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ def _announce_canary(engine: Engine, model_name: str, tracking: str) -> None:
     while canary is not None and not canary.announced:
         tags = {
             "canary": f"{canary.state}, {canary.share:.0%} of the traffic" if canary.share else canary.state,
+            "canary_promotion": str(canary.promotion_id),
             "canary_reason": canary.reason,
             "canary_figures": canary.figures,
             "canary_at": canary.changed_at,
@@ -101,6 +102,7 @@ def _announce_canary(engine: Engine, model_name: str, tracking: str) -> None:
         try:
             point_challenger(tracking, model_name, canary.version if canary.state == "running" else None)
             tag_version(tracking, model_name, canary.version, tags)
+            _announce_ends_before(engine, canary, tracking)
         except Exception as error:  # the row decides; the next start repairs the copy
             reason = " ".join(str(error).split())
             logger.warning(
@@ -109,6 +111,27 @@ def _announce_canary(engine: Engine, model_name: str, tracking: str) -> None:
             return
         mark_canary_announced(engine, canary)
         canary = latest_canary(engine, model_name)
+
+
+def _announce_ends_before(engine: Engine, canary: Canary, tracking: str) -> None:
+    """Tags other versions whose canary MLflow takes for running: it missed the end, and the row has made room since."""
+    running = [
+        item
+        for item in list_versions(tracking, canary.model_name)
+        if item.version != canary.version and item.tags.get("canary", "").startswith("running")
+    ]
+    past = history(engine, canary.model_name) if running else []
+    for item in running:
+        promotion = item.tags.get("canary_promotion")  # without it, the version's latest
+        ended = [
+            (end, one)
+            for one in past
+            if one.version == item.version and promotion in (None, str(one.id)) and (end := end_of(one)) is not None
+        ]
+        if ended:
+            end, one = ended[-1]
+            tags = {"canary": end, "canary_reason": one.reason, "canary_at": one.changed_at}
+            tag_version(tracking, canary.model_name, item.version, tags)
 
 
 def _tag_verdict(tracking: str, model_name: str, version: str, verdict: dict[str, Any]) -> None:

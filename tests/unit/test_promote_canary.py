@@ -7,10 +7,11 @@ import json
 
 import pytest
 
-from cluster.canaries import end_canary, latest_canary
-from cluster.champions import find_champion, open_database
+from cluster.canaries import begin, crown_canary, end_canary, latest_canary
+from cluster.champions import current_champion, find_champion, open_database
 from cluster.crowning import announce
 from cluster.errors import PromotionRefused
+from cluster.promotions import advance, propose
 from cluster.registry import find_version, list_versions, point_challenger
 from cluster.storage import open_storage
 from jobs.promote import promote_version
@@ -113,6 +114,38 @@ def test_end_of_a_canary_that_mlflow_missed_is_repaired_by_the_next_look(config,
     assert [row["canary"] for row in versions(model)["versions"]] == [None, "failed", None]
     assert aliases(model) == {"champion": "1"}
     assert tags_of(model, "2")["canary_reason"] == "slow"
+
+
+@pytest.mark.parametrize(
+    ("end", "said", "reason"),
+    [
+        ("failed", "failed", "slow"),
+        ("ended", "ended", "by hand"),
+        ("overtaken", "overtaken", "late"),
+        (None, "passed", ""),
+    ],
+)
+def test_end_that_mlflow_missed_is_told_with_the_next_canary(config, model, end, said, reason):
+    promoted(config(CANARY), "1")
+    promote_version(config(CANARY), "2", force=False)
+    assert tags_of(model, "2")["canary"] == "running, 10% of the traffic"
+    engine = open_database(model.database)
+    if end is None:
+        assert crown_canary(engine, latest_canary(engine, MODEL), {}) is not None
+    else:
+        assert end_canary(engine, latest_canary(engine, MODEL), end, reason) is not None
+    # What the same version does later, without a canary, says nothing of the one that it had.
+    other = propose(engine, MODEL, find_version(model.tracking, MODEL, "2").artefact, None, "test")
+    advance(engine, other, "abandoned", reason="its process ended")
+    seen = current_champion(engine, MODEL)
+    proposed = propose(engine, MODEL, find_version(model.tracking, MODEL, "3").artefact, seen, "test")
+    begin(engine, advance(engine, proposed, "checked"), {"steps": [0.3]})
+    assert tags_of(model, "2")["canary"] == "running, 10% of the traffic"
+    announce(engine, MODEL, model.tracking)
+    engine.dispose()
+    assert (tags_of(model, "2")["canary"], tags_of(model, "2")["canary_reason"]) == (said, reason)
+    assert tags_of(model, "3")["canary"] == "running, 30% of the traffic"
+    assert aliases(model)["challenger"] == "3"
 
 
 def test_rollback_during_a_canary_ends_it_and_the_champion_stays(made, config, model, capsys, monkeypatch):
