@@ -34,6 +34,9 @@ _RECENT_S = 60.0
 _ROUTER_SILENT_S = 30.0
 """A router that was not heard for so long is gone, and so are its requests."""
 _SLOW_START_S = 60.0
+_LONGEST_START_S = 600.0
+"""For a challenger. A cluster that adds a node for it does so in less; one that has no room would keep every other
+canary out for as long as this one waits. It is ended, not failed: nothing was learned about the version."""
 _STALLED_S = 20.0
 _MOST_ATTEMPTS = 3
 """To start a challenger, before it is taken down; one that is damaged has one."""
@@ -127,6 +130,8 @@ class Supervisor:
         self._started = clock()
         self._waiting: tuple[Champion, float] | None = None
         """A champion that is not served yet, and since when."""
+        self._starting: tuple[Canary, float] | None = None
+        """A challenger that was asked for and does not run yet, and since when."""
         self._alone_since: float | None = None
         self._previous: Route | None = None
         """The champion before, as far as it reigned while this supervisor looked."""
@@ -261,17 +266,33 @@ class Supervisor:
             self._could_not_start(canary, error)
             return
         if route is None:
+            self._wait_for_start(canary)
             return
         plan = CanaryConfig.model_validate_json(canary.plan)
         with self._lock:
             waiting = Decision("hold", "it has just begun", {})
             evidence = Evidence(canary.manifest_sha256)
-            self._trial = _Trial(canary, plan, route, self._clock(), evidence, waiting)
+            self._trial, self._starting = _Trial(canary, plan, route, self._clock(), evidence, waiting), None
             self._set_table(challenger=route, trial=key, share=canary.share, shadow=plan.shadow)
         logger.info("Version %s answers %.0f %% of the traffic", canary.version, 100 * canary.share)
 
+    def _wait_for_start(self, canary: Canary) -> None:
+        """Ends the canary if its version takes too long to start; where a cluster has no room for it, it never does."""
+        with self._lock:
+            before, since = self._starting or (canary, self._clock())
+            since = since if before.promotion_id == canary.promotion_id else self._clock()
+            self._starting = (canary, since)
+            if self._clock() - since < _LONGEST_START_S:
+                return
+        reason = f"it had been starting for over {_LONGEST_START_S:g} s: is there a free CPU for it?"
+        if end_canary(self._follower.engine, canary, "ended", reason) is not None:
+            logger.warning("The canary of version %s is ended: %s", canary.version, reason)
+            self._announce_later(self._follower.engine)
+        self._drop_challenger()
+
     def _could_not_start(self, canary: Canary, error: Exception) -> None:
         """What is damaged stays damaged; anything else may be better in a while."""
+        self._starting = None
         self._attempts[canary.promotion_id] += 1
         attempts = self._attempts[canary.promotion_id]
         logger.warning("Version %s, challenger: %s", canary.version, error)
@@ -283,7 +304,7 @@ class Supervisor:
 
     def _drop_challenger(self) -> None:
         with self._lock:
-            self._trial = None
+            self._trial = self._starting = None
             self._set_table(challenger=None, trial=None, share=0.0, shadow=0.0)
 
     def _write_decision(self) -> None:
@@ -380,6 +401,12 @@ class Supervisor:
 
     def _canary_state(self, now: float) -> dict[str, Any] | None:
         trial = self._trial
+        if self._starting is not None:
+            canary, began = self._starting
+            waited_s = now - began
+            slow = f"it has been starting for {waited_s:.0f} s: is there a free CPU for it?"
+            said = {"version": canary.version, "step": canary.step, "steps": canary.steps, "held_s": 0.0}
+            return {**said, "state": slow if waited_s >= _SLOW_START_S else "it is starting", "figures": {}}
         if trial is None:
             return None
         return {

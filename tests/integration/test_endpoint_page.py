@@ -115,7 +115,7 @@ def open_page(browser: Any, site: Site) -> Iterator[Callable[..., Any]]:
     assert hosts <= {site.url.removeprefix("http://")}
 
 
-def with_traffic(opened: Any, versions: list[dict[str, Any]]) -> list[str]:
+def with_traffic(opened: Any, versions: list[dict[str, Any]], canary: dict[str, Any] | None = None) -> list[str]:
     """Answers for the versions' figures, and lets the one model answer for all aliases; the models that are asked."""
     asked: list[str] = []
 
@@ -130,7 +130,7 @@ def with_traffic(opened: Any, versions: list[dict[str, Any]]) -> list[str]:
             {**version, "ttft_p50_s": version["ttft_p50_s"] and version["ttft_p50_s"] * (1 + figures[-1] / 9)}
             for version in versions
         ]
-        route.fulfill(json={"versions": now})
+        route.fulfill(json={"versions": now, "canary": canary})
 
     figures: list[int] = []
     opened.route("**/v1/raystill/traffic", as_of_now)
@@ -185,7 +185,7 @@ def test_page_asks_for_the_key_and_keeps_it_in_memory(site: Site, open_page: Cal
 
 def test_page_asks_all_versions_side_by_side(site: Site, open_page: Callable[..., Any]) -> None:
     opened = open_page()
-    asked = with_traffic(opened, TRAFFIC)
+    asked = with_traffic(opened, TRAFFIC, {"version": "8", "state": "it is starting"})
     opened.goto(site.url)
     opened.wait_for_selector("article.teacher")
     assert opened.locator("article").count() == 3
@@ -201,6 +201,7 @@ def test_page_asks_all_versions_side_by_side(site: Site, open_page: Callable[...
     assert "180 ms" in rows[0]
     assert "288" in rows[1]
     assert opened.locator("#charts svg").count() == 3
+    assert opened.text_content("#canary:not([hidden])") == "Canary, version 8: it is starting"
 
 
 def test_page_shows_markup_of_models_and_names_as_text(site: Site, open_page: Callable[..., Any]) -> None:
@@ -224,7 +225,7 @@ def test_page_shows_markup_of_models_and_names_as_text(site: Site, open_page: Ca
     assert site.follower.served is not None
     site.follower.served.model.submit = Evil  # type: ignore[assignment,method-assign]
     opened = open_page()
-    with_traffic(opened, [{**version, "scheme": EVIL} for version in TRAFFIC])
+    with_traffic(opened, [{**version, "scheme": EVIL} for version in TRAFFIC], {"version": EVIL, "state": EVIL})
     opened.goto(site.url)
     opened.wait_for_selector("article.teacher")
     opened.fill("#prompt", EVIL)
@@ -232,6 +233,7 @@ def test_page_shows_markup_of_models_and_names_as_text(site: Site, open_page: Ca
     expect(opened.locator("#said")).to_have_text("all answers are there")
     assert opened.locator("article pre").all_text_contents() == [EVIL + EVIL] * 3
     assert EVIL in opened.locator("#versions tr").all_text_contents()[2]
+    assert opened.text_content("#canary") == f"Canary, version {EVIL}: {EVIL}"
     assert opened.evaluate("window.pwned") is None
     assert opened.locator("main img, main b, main script").count() == 0
 

@@ -47,6 +47,10 @@ class Applications:
     def ready(self) -> None:
         self.words = {name: "RUNNING" if word == "DEPLOYING" else word for name, word in self.words.items()}
 
+    def fail(self, name: str, error: Exception) -> None:
+        """One that was started fails."""
+        self.words[name], self.failing[name], self._last = "DEPLOY_FAILED", error, name
+
     def route(self, version: Champion) -> Route:
         return Route(self.name_of(version), version.version, version.manifest_sha256, version.uri, "float", 200, 64)
 

@@ -145,6 +145,75 @@ def test_challenger_that_cannot_be_started_is_taken_down(endpoint: Endpoint, eng
     assert shown(endpoint.table) == ("1", None, 0.0)
 
 
+def test_challenger_that_finds_no_room_says_so_and_is_ended_after_a_while(endpoint: Endpoint, engine: Any) -> None:
+    challenge(engine)
+    look(endpoint)
+    assert endpoint.traffic["canary"]["state"] == "it is starting"
+    endpoint.now += 61
+    look(endpoint)
+    said = endpoint.traffic["canary"]
+    assert (said["version"], said["step"], said["steps"]) == ("2", 0, [0.1, 0.5])
+    assert said["state"] == "it has been starting for 61 s: is there a free CPU for it?"
+    assert endpoint.table.problem is None, "the champion is well"
+    endpoint.now += 530
+    look(endpoint)
+    assert running_canary(engine, MODEL) is not None
+    endpoint.now += 10
+    look(endpoint)
+    ended = latest_canary(engine, MODEL)
+    assert (ended.state, ended.reason) == ("ended", "it had been starting for over 600 s: is there a free CPU for it?")
+    assert [item.state for item in history(engine, MODEL)] == ["crowned", "abandoned"]
+    assert (endpoint.traffic["canary"], endpoint.table.problem) == (None, None)
+    look(endpoint)
+    assert endpoint.applications.removed == ["v2"]
+    challenge(engine, 3)
+    endpoint.turn()
+    assert shown(endpoint.table) == ("1", "3", 0.1)
+    assert endpoint.traffic["canary"]["state"] != "it is starting"
+
+
+def test_each_challenger_and_each_attempt_has_its_own_time_to_start(endpoint: Endpoint, engine: Any) -> None:
+    challenge(engine)
+    look(endpoint)
+    endpoint.now += 599
+    look(endpoint)
+    end_canary(engine, running_canary(engine, MODEL), "ended", "by hand")
+    look(endpoint)
+    assert endpoint.traffic["canary"] is None
+    challenge(engine, 3)
+    look(endpoint)
+    endpoint.now += 599
+    look(endpoint)
+    endpoint.applications.fail("v3", RuntimeError("no connection"))
+    look(endpoint)
+    assert endpoint.traffic["canary"] is None
+    endpoint.applications.failing.clear()
+    endpoint.now += 20
+    look(endpoint)
+    assert endpoint.traffic["canary"]["state"] == "it is starting"
+    assert running_canary(engine, MODEL) is not None
+
+
+def test_mlflow_is_told_of_a_challenger_that_found_no_room(
+    endpoint: Endpoint, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    monkeypatch.setattr(
+        endpoint.supervisor, "_announce_later", lambda engine: told.append(latest_canary(engine, MODEL))
+    )
+    challenge(engine)
+    look(endpoint)
+    endpoint.now += 601
+    look(endpoint)
+    assert [canary.state for canary in told] == ["ended"]
+
+
+def look(endpoint: Endpoint) -> None:
+    """A poll, after which nothing becomes ready."""
+    endpoint.supervisor.poll()
+    endpoint.tell()
+
+
 def test_second_endpoint_agrees_and_a_restarted_one_goes_on_where_it_was(
     endpoint: Endpoint, engine: Any, database: str
 ) -> None:
