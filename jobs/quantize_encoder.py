@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.config import validate
+from cluster.encoder_texts import TextReader
 from cluster.errors import ConfigError, CorpusError, EvaluationFailed, ModelError
 from cluster.published import publish_directory
 from cluster.storage import LocalStorage
@@ -40,7 +41,7 @@ def quantize_encoder(
     """Quantises an encoder in every scheme and measures each, and the float model, in fresh processes.
 
     Args:
-        texts: at least one; they are read as far as the model's context goes.
+        texts: at least one; they are read as the endpoint reads them.
         labels: of a classifier's texts, from 0.
 
     Returns:
@@ -61,7 +62,8 @@ def quantize_encoder(
             f"model {model} is a {config.model_type} that generates: quantise it with `raystill quantize`"
         )
     check_pairings(asked, config)
-    rows, directory = _encode(model, texts), Path(_located(model))
+    directory = Path(_located(model))
+    rows = read_texts(directory, texts)
     measured = {"float": _measure_elsewhere(directory, "float", rows, labels, threads)[0]}
     for scheme in asked.schemes:
         with tempfile.TemporaryDirectory(prefix="raystill-quantize-") as name:
@@ -102,14 +104,19 @@ def _tokenizer(model: str) -> Any:
     return load_tokenizer(model)
 
 
-def _encode(model: str, texts: list[str]) -> list[list[int]]:
-    from jobs.evaluating.scorers import context_tokens
-    from jobs.quantization.loading import read_config
+def read_texts(directory: Path, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts as the endpoint would read them with `truncate`.
 
-    tokenizer = _tokenizer(model)
-    # Families that count positions from behind the padding token have so many fewer.
-    context = (context_tokens(read_config(model)) or 512) - 2
-    return [ids[:context] for ids in tokenizer(texts)["input_ids"]]
+    Raises:
+        CorpusError: a text has no tokens.
+    """
+    from services.endpoint.schema import EndpointConfig
+
+    reader = TextReader(directory, EndpointConfig().max_context_tokens)
+    rows = [reader.token_ids(text, truncate=True) for text in texts]
+    if (empty := next((place for place, ids in enumerate(rows) if not ids), None)) is not None:
+        raise CorpusError(f"row {empty}: its text {texts[empty]!r} has no tokens; leave it out")
+    return rows
 
 
 def _measure_elsewhere(

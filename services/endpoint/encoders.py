@@ -8,7 +8,6 @@ only by rounding (1e-6).
 Axes: B texts, T positions, D width, L labels.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cluster.encoder_texts import TextReader, read_modules
 from cluster.errors import ModelError
 from cluster.model_directory import Kind, read_json
 from services.endpoint.engines.scheduler import Load
@@ -58,21 +58,12 @@ class EncoderModel:
         Raises:
             ModelError: the directory cannot be served; the message says why.
         """
-        from transformers import AutoTokenizer
-
         self.kind, self.scheme = kind, "float"
         config = read_json(directory / "config.json")
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(directory))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{directory.name}: no tokenizer could be loaded ({error})") from error
-        # A limit saved with the tokenizer would cut long texts without a word.
-        self.tokenizer.backend_tokenizer.no_truncation()
-        self.tokenizer.backend_tokenizer.no_padding()
-        self._pad_id = self.tokenizer.pad_token_id or 0
+        self._reader = TextReader(directory, max_context_tokens)
+        self.tokenizer, self._pad_id = self._reader.tokenizer, self._reader.pad_id
         self._vocabulary_size = len(self.tokenizer)
-        self._prepare, self._prefix = _text_preparation(directory)
-        self.max_context_tokens = min([max_context_tokens, *_limits(directory, config, self.tokenizer)])
+        self.max_context_tokens = self._reader.max_tokens
         self._matryoshka = config.get("matryoshka_dimensions") or bool(config.get("is_matryoshka"))
         if kind == "classifications":
             self.labels, self._to_probabilities = _labels(config)
@@ -103,37 +94,24 @@ class EncoderModel:
         Raises:
             ApiError: an id that is not in the vocabulary, no tokens, or more than the model reads.
         """
+        limit = self.max_context_tokens
         if isinstance(given, list):
             wrong = next((token_id for token_id in given if token_id >= self._vocabulary_size), None)
             if wrong is not None:
                 raise invalid(f"token id {wrong} is not below {self._vocabulary_size}", param, "invalid_value")
-            token_ids = given
+            token_ids = given[:limit] if truncate else given
         else:
-            token_ids = self.tokenizer.encode(self._prepare(self._prefix + given))
+            token_ids = self._reader.token_ids(given, truncate)
         if not token_ids:
             raise invalid("A text has no tokens", param, "invalid_value")
-        limit = self.max_context_tokens
-        if len(token_ids) <= limit:
-            return token_ids
-        if not truncate:
+        if len(token_ids) > limit:
             raise invalid(
                 f"This model reads {limit} tokens at most, a text has {len(token_ids)}; shorten it, or set "
                 "truncate: true",
                 param,
                 "context_length_exceeded",
             )
-        if isinstance(given, list):
-            return token_ids[:limit]
-        return self._cut(token_ids, limit)
-
-    def _cut(self, token_ids: list[int], limit: int) -> list[int]:
-        """The first tokens of a text, with the special tokens that stand behind every text still behind it."""
-        special = set(self.tokenizer.all_special_ids)
-        tail: list[int] = []
-        while token_ids and token_ids[-1] in special and len(tail) < limit - 1:
-            tail.insert(0, token_ids[-1])
-            token_ids = token_ids[:-1]
-        return token_ids[: limit - len(tail)] + tail
+        return token_ids
 
     def check_dimensions(self, dimensions: int | None) -> None:
         """Raises `ApiError` if the model has no embeddings of this length."""
@@ -235,7 +213,7 @@ def _labels(config: dict[str, Any]) -> tuple[list[str], Callable[[Tensor], Tenso
 
 def _pooling(directory: Path) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:
     """How token vectors become one, and whether it is then brought to unit length."""
-    modules = _modules(directory)
+    modules = read_modules(directory)
     normalise, ways, pooled = False, ["mean"], False
     for module in modules:
         kind = str(module.get("type", "")).rpartition(".")[2]
@@ -264,46 +242,3 @@ def _ways(config: dict[str, Any]) -> list[str]:
     if config.get("include_prompt") is False:
         raise ModelError("the pooling config leaves the prompt out (include_prompt: false), which is not supported")
     return ways or ["mean"]
-
-
-def _modules(directory: Path) -> list[dict[str, Any]]:
-    path = directory / "modules.json"
-    if not path.is_file():
-        return []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"model file {path}: not valid JSON ({error})") from error
-    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-        raise ModelError(f"model file {path}: expected a list of modules")
-    return found
-
-
-def _sentence_config(directory: Path) -> dict[str, Any]:
-    """`sentence_bert_config.json`, by whatever family it is named."""
-    return next((read_json(path) for path in sorted(directory.glob("sentence_*_config.json"))), {})
-
-
-def _text_preparation(directory: Path) -> tuple[Callable[[str], str], str]:
-    """What is done to a text before it is tokenised, and what is put in front of it."""
-    if not _modules(directory):
-        return lambda text: text, ""
-    prompts = read_json(directory / "config_sentence_transformers.json")
-    prefix = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name") or "", "")
-    if _sentence_config(directory).get("do_lower_case"):
-        return str.lower, prefix
-    return lambda text: text, prefix
-
-
-def _limits(directory: Path, config: dict[str, Any], tokenizer: Any) -> list[int]:
-    """Every limit of a text's length that the directory names."""
-    limit = _sentence_config(directory).get("max_seq_length")
-    positions = config.get("max_position_embeddings")
-    if isinstance(positions, int) and config.get("model_type") in _OFFSET_POSITIONS:
-        positions -= int(config.get("pad_token_id") or 0) + 1
-    found = [limit, positions, getattr(tokenizer, "model_max_length", None)]
-    return [value for value in found if isinstance(value, int) and 0 < value < 10**9]
-
-
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "mpnet"}
-"""Families that number positions from behind the padding's id, so that the table holds fewer texts than rows."""

@@ -14,7 +14,8 @@ from jobs import quantize_encoder as job
 from jobs.evaluating.classification import classification_figures
 from jobs.quantization import int8_dynamic, int8_weight_only, onnx_int8
 from jobs.quantization.encoder_scorer import EncoderScorer
-from tests import tiny
+from services.endpoint.encoders import EncoderModel
+from tests import encoder_models, tiny
 
 ROWS = [[5, 9, 11, 30, 2], [7, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
 MAKERS = {"int8_weight_only": int8_weight_only, "int8_dynamic": int8_dynamic, "onnx_int8": onnx_int8}
@@ -71,7 +72,7 @@ def test_encoder_quantised_by_every_scheme_stays_near_float(tmp_path, family, ki
 def test_encoder_command_measures_each_scheme_in_a_fresh_process(tmp_path):
     student = save_encoder(tmp_path / "m")
     texts = tiny.sentences(40)
-    encoded = job._encode(str(student), texts)
+    encoded = job.read_texts(student, texts)
     logits = torch.cat([EncoderScorer(student, "float", 1).outputs([ids]) for ids in encoded])
     model = transformers.AutoModelForSequenceClassification.from_pretrained(student)
     with torch.no_grad():
@@ -99,6 +100,24 @@ def test_encoder_command_measures_each_scheme_in_a_fresh_process(tmp_path):
     manifest = json.loads((tmp_path / "made/onnx_int8/manifest.json").read_text())
     assert manifest["scheme"] == "onnx_int8"
     assert {"model.onnx", "config.json", "tokenizer.json"} <= set(manifest["files"])
+
+
+def test_texts_are_measured_as_the_endpoint_reads_them(tmp_path):
+    encoder_models.save_encoder(tmp_path / "plain")
+    encoder_models.save_encoder(tmp_path / "sentences", {"pooling_mode_mean_tokens": True})
+    prompts = {"prompts": {"query": "red hat "}, "default_prompt_name": "query"}
+    (tmp_path / "sentences/config_sentence_transformers.json").write_text(json.dumps(prompts))
+    texts = ["the cat sat", "the cat " * 31, "the cat " * 200, "the cat " * 20 + "☃ " * 50]
+    for name, limit in (("plain", 64), ("sentences", 32)):
+        model = EncoderModel(tmp_path / name, "embeddings", 2048)
+        found = job.read_texts(tmp_path / name, texts)
+        assert found == [model.encode(text, truncate=True) for text in texts]
+        assert [len(ids) for ids in found[2:]] == [limit, limit]
+        ends = [(ids[0], ids[-1]) for ids in found]
+        assert set(ends) == {(model.tokenizer.cls_token_id, model.tokenizer.sep_token_id)}
+    # What is cut off is the end of the text, be its words known or not.
+    uncut = model.tokenizer.encode("red hat " + texts[3])
+    assert found[3] == [*uncut[:31], model.tokenizer.sep_token_id]
 
 
 def test_encoder_command_refuses_before_any_work(tmp_path):

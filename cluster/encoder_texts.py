@@ -1,0 +1,106 @@
+"""How an encoder's directory wants texts read: what is done to them, how they are tokenised, where long ones end.
+
+The endpoint reads by it, and so does whoever measures what the endpoint will do. Torch is not imported here.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ModelError
+from cluster.model_directory import read_json
+
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "mpnet"}
+"""Families that number positions from behind the padding's id, so that the table holds fewer texts than rows."""
+
+
+class TextReader:
+    """From texts to token ids. `tokenizer` is the directory's own, without a limit."""
+
+    def __init__(self, directory: Path, max_tokens: int) -> None:
+        """Reads what the directory says of texts.
+
+        Args:
+            max_tokens: a limit beside those that the directory names; `max_tokens` is the least of them.
+
+        Raises:
+            ModelError: no tokenizer, or a damaged file beside it.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{directory.name}: no tokenizer could be loaded ({error})") from error
+        # A limit saved with the tokenizer would cut long texts without a word.
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
+        self.pad_id = int(self.tokenizer.pad_token_id or 0)
+        self._prepare, self._prefix = _preparation(directory)
+        self.max_tokens = min([max_tokens, *_limits(directory, self.tokenizer)])
+
+    def token_ids(self, text: str, truncate: bool) -> list[int]:
+        """Token ids of a text, special tokens included.
+
+        Args:
+            truncate: whether a text longer than `max_tokens` ends there: its first tokens, with the special tokens
+                that stand behind every text still behind them.
+        """
+        found = self.tokenizer(self._prepare(self._prefix + text), return_special_tokens_mask=True)
+        token_ids: list[int] = found["input_ids"]
+        too_many = len(token_ids) - self.max_tokens
+        if not truncate or too_many <= 0:
+            return token_ids
+        end = len(token_ids)
+        while end > too_many + 1 and found["special_tokens_mask"][end - 1]:
+            end -= 1
+        return token_ids[: end - too_many] + token_ids[end:]
+
+
+def read_modules(directory: Path) -> list[dict[str, Any]]:
+    """The modules that sentence-transformers makes an embedding of; none where it did not save the directory.
+
+    Raises:
+        ModelError: `modules.json` is damaged.
+    """
+    path = directory / "modules.json"
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"model file {path}: not valid JSON ({error})") from error
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise ModelError(f"model file {path}: expected a list of modules")
+    return found
+
+
+def _preparation(directory: Path) -> tuple[Callable[[str], str], str]:
+    """What is done to a text before it is tokenised, and what is put in front of it."""
+    if not read_modules(directory):
+        return lambda text: text, ""
+    prompts = read_json(directory / "config_sentence_transformers.json")
+    prefix = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name") or "", "")
+    if _sentence_config(directory).get("do_lower_case"):
+        return str.lower, prefix
+    return lambda text: text, prefix
+
+
+def _sentence_config(directory: Path) -> dict[str, Any]:
+    """`sentence_bert_config.json`, by whatever family it is named."""
+    return next((read_json(path) for path in sorted(directory.glob("sentence_*_config.json"))), {})
+
+
+def _limits(directory: Path, tokenizer: Any) -> list[int]:
+    """Every limit of a text's length that the directory names."""
+    config = read_json(directory / "config.json")
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and config.get("model_type") in _OFFSET_POSITIONS:
+        positions -= int(config.get("pad_token_id") or 0) + 1
+    found = [
+        _sentence_config(directory).get("max_seq_length"),
+        positions,
+        getattr(tokenizer, "model_max_length", None),
+    ]
+    return [value for value in found if isinstance(value, int) and 0 < value < 10**9]
