@@ -61,8 +61,8 @@ def read_model_directory(model: str) -> ModelDirectory:
 
 
 def model_kind(path: Path) -> Kind:
-    """What the model in a directory does, by its config: an architecture `…ForSequenceClassification` classifies, a
-    bare `…Model` or `…ForMaskedLM` and whatever sentence-transformers saved embeds, all else continues texts.
+    """What the model in a directory does, by its config: as its architecture says (`architecture_kind`), but whatever
+    sentence-transformers saved without labels embeds.
 
     Raises:
         ModelError: config.json is missing or damaged.
@@ -71,12 +71,20 @@ def model_kind(path: Path) -> Kind:
     if not config:
         raise ModelError(f"model {path}: no config.json, or an empty one; expected a Hugging Face model directory")
     architecture = str(next(iter(config.get("architectures") or []), ""))
+    kind = architecture_kind(architecture)
+    if kind == "language_model" and (path / "modules.json").is_file() and not architecture.endswith("LMHeadModel"):
+        return "embeddings"
+    return kind
+
+
+def architecture_kind(architecture: str) -> Kind:
+    """What the architecture that a config names does: `…ForSequenceClassification` classifies, a bare `…Model` or
+    `…ForMaskedLM` embeds, all else continues texts."""
     if architecture.endswith("ForSequenceClassification"):
         return "classifications"
-    if (path / "modules.json").is_file() or architecture.endswith(("ForMaskedLM", "Model")):
-        # GPT2LMHeadModel, OpenAIGPTLMHeadModel and their like are language models by another custom of naming.
-        return "language_model" if architecture.endswith("LMHeadModel") else "embeddings"
-    return "language_model"
+    # GPT2LMHeadModel, OpenAIGPTLMHeadModel and their like are language models by another custom of naming.
+    bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
+    return "embeddings" if bare or architecture.endswith("ForMaskedLM") else "language_model"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.errors import ConfigError
+from cluster.model_directory import architecture_kind
 from jobs.quantization.config import QuantizationScheme, QuantizeConfig
 
-ModelKind = Literal["decoder", "conv1d_decoder", "encoder"]
-"""A causal language model with linear layers; one of GPT-2's kind, whose layers are no `nn.Linear`; BERT's kind."""
+ModelKind = Literal["decoder", "conv1d_decoder", "encoder", "encoder_decoder"]
+"""A causal language model with linear layers; one of GPT-2's kind, whose layers are no `nn.Linear`; BERT's kind, by
+itself or with a head on top; one of T5's kind, which goes with no scheme."""
 
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-_ENCODERS = {"bert", "roberta", "distilbert", "electra", "albert", "camembert", "xlm-roberta", "mpnet", "deberta-v2"}
+_OTHER_HEADS = (
+    *("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction"),
+    "ForPreTraining",
+)
+"""Of encoders, beside those that the endpoint serves."""
 _INSTALL = "python -m venv ENV && ENV/bin/pip install llmcompressor==0.13.0"
 
 
@@ -46,12 +52,14 @@ PAIRINGS: dict[QuantizationScheme, Pairing] = {
 
 
 def model_kind(config: Any) -> ModelKind:
-    """The kind of a model, by its Hugging Face config."""
+    """The kind of a model, by the architecture that its Hugging Face config names."""
     if config.model_type in _CONV1D:
         return "conv1d_decoder"
-    named = " ".join(getattr(config, "architectures", None) or [])
-    is_decoder = not named or "ForCausalLM" in named or "LMHead" in named
-    return "encoder" if config.model_type in _ENCODERS and not is_decoder else "decoder"
+    named = str(next(iter(getattr(config, "architectures", None) or []), ""))
+    if getattr(config, "is_encoder_decoder", False) and not named.endswith("EncoderModel"):
+        return "encoder_decoder"
+    generates = architecture_kind(named) == "language_model" and not named.endswith(_OTHER_HEADS)
+    return "decoder" if generates else "encoder"
 
 
 def check_pairings(config: QuantizeConfig, model: Any) -> None:
@@ -69,6 +77,11 @@ def check_pairings(config: QuantizeConfig, model: Any) -> None:
         if model is None:
             continue
         pairing, kind = PAIRINGS[scheme], model_kind(model)
+        if kind == "encoder_decoder":
+            raise ConfigError(
+                f"the model is a {model.model_type}, whose encoder and decoder are two models in one: no scheme "
+                "quantises those; take a model that is one or the other"
+            )
         if kind not in pairing.kinds:
             raise ConfigError(
                 f"quantize.schemes has {scheme}, the student is a {model.model_type}: {pairing.else_[kind]}, and in "

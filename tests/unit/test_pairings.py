@@ -12,6 +12,7 @@ from jobs.quantization.pairings import PAIRINGS, check_pairings, model_kind
 LLAMA = AutoConfig.for_model("llama", architectures=["LlamaForCausalLM"])
 GPT2 = AutoConfig.for_model("gpt2", architectures=["GPT2LMHeadModel"])
 BERT = AutoConfig.for_model("bert", architectures=["BertForSequenceClassification"])
+T5 = AutoConfig.for_model("t5", architectures=["T5ForConditionalGeneration"])
 
 
 def config(*schemes, **changes):
@@ -27,6 +28,16 @@ def config(*schemes, **changes):
         (AutoConfig.for_model("roberta", architectures=["RobertaForMaskedLM"]), "encoder"),
         (AutoConfig.for_model("bert", architectures=["BertLMHeadModel"]), "decoder"),
         (AutoConfig.for_model("qwen2"), "decoder"),
+        (AutoConfig.for_model("modernbert", architectures=["ModernBertForSequenceClassification"]), "encoder"),
+        (AutoConfig.for_model("modernbert", architectures=["ModernBertModel"]), "encoder"),
+        (AutoConfig.for_model("bert", architectures=["BertForTokenClassification"]), "encoder"),
+        (AutoConfig.for_model("gpt2", architectures=["GPT2Model"]), "conv1d_decoder"),
+        (AutoConfig.for_model("gemma3", architectures=["Gemma3ForConditionalGeneration"]), "decoder"),
+        (T5, "encoder_decoder"),
+        (AutoConfig.for_model("t5"), "encoder_decoder"),
+        (AutoConfig.for_model("bart", architectures=["BartForSequenceClassification"]), "encoder_decoder"),
+        (AutoConfig.for_model("bart", is_encoder_decoder=False, architectures=["BartForCausalLM"]), "decoder"),
+        (AutoConfig.for_model("t5", architectures=["T5EncoderModel"]), "encoder"),
     ],
 )
 def test_model_kind_is_that_of_its_config(model, kind):
@@ -52,6 +63,7 @@ def test_pairings_that_work_pass(scheme, model):
         ("int8_weight_only", GPT2, ["int8_weight_only", "gpt2", "Conv1D", "onnx_int8"]),
         ("int8_dynamic", GPT2, ["int8_dynamic", "Conv1D"]),
         ("int4_qat", BERT, ["int4_qat", "bert", "next tokens", "onnx_int8"]),
+        ("onnx_int8", T5, ["t5", "encoder and decoder", "no scheme"]),
         (
             "int4_qat",
             AutoConfig.for_model("llama", hidden_size=48, num_attention_heads=2),
