@@ -1,10 +1,12 @@
-"""How an encoder's directory wants texts read: what is done to them, how they are tokenised, where long ones end.
+"""How an encoder's directory wants texts read: what is done to them, how they are tokenised, where long ones end, and
+how vectors of tokens become one. All but the tokenizer is in sentence-transformers' files, where there are any.
 
 The endpoint reads by it, and so does whoever measures what the endpoint will do. Torch is not imported here.
 """
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,19 @@ from cluster.model_directory import read_json
 
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "mpnet"}
 """Families that number positions from behind the padding's id, so that the table holds fewer texts than rows."""
+
+POOLING_WAYS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+"""The ways of sentence-transformers (Reimers and Gurevych, arXiv 1908.10084), in the order in which it joins them."""
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How the vectors of a text's tokens become one."""
+
+    ways: list[str]
+    """Of `POOLING_WAYS`; what they give is joined."""
+    normalises: bool
+    """Whether it is brought to unit length."""
 
 
 class TextReader:
@@ -58,7 +73,55 @@ class TextReader:
         return token_ids[: end - too_many] + token_ids[end:]
 
 
-def read_modules(directory: Path) -> list[dict[str, Any]]:
+def read_pooling(directory: Path) -> Pooling:
+    """What `modules.json` and the files that it names say; the mean where there is none.
+
+    Raises:
+        ModelError: modules that are not known, or a damaged file.
+    """
+    modules = _modules(directory)
+    normalises, ways, pooled = False, ["mean"], False
+    for module in modules:
+        kind = str(module.get("type", "")).rpartition(".")[2]
+        if kind == "Pooling":
+            ways, pooled = _ways(read_json(directory / str(module.get("path", "")) / "config.json")), True
+        elif kind == "Normalize":
+            normalises = True
+        elif kind != "Transformer" or module.get("path"):
+            raise ModelError(
+                f"{directory.name}: modules.json names a module {kind} in {module.get('path')!r}; served are "
+                "Transformer (in the directory itself), Pooling and Normalize"
+            )
+    if modules and not pooled:
+        raise ModelError(f"{directory.name}: modules.json names no Pooling, so there is no vector for a text")
+    return Pooling(ways, normalises)
+
+
+def text_files(directory: Path) -> list[str]:
+    """Names of the files that say how texts are read and pooled, beside config and tokenizer; none without modules."""
+    modules = _modules(directory)
+    if not modules:
+        return []
+    of_modules = [f"{module['path']}/config.json" for module in modules if module.get("path")]
+    beside = [path.name for path in sorted(directory.glob("sentence_*_config.json"))]
+    named = ["modules.json", "config_sentence_transformers.json", *beside, *of_modules]
+    return [name for name in named if (directory / name).is_file()]
+
+
+def _ways(config: dict[str, Any]) -> list[str]:
+    named = config.get("pooling_mode")
+    if named is None:  # as it was written until sentence-transformers 5
+        names = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "weightedmean": "weightedmean_tokens"}
+        named = [way for way in POOLING_WAYS if config.get(f"pooling_mode_{names.get(way, way)}")]
+    ways = [named] if isinstance(named, str) else list(named)
+    if unknown := [str(way) for way in ways if way not in POOLING_WAYS]:
+        raise ModelError(f"the pooling config asks for {', '.join(unknown)}; known: {', '.join(POOLING_WAYS)}")
+    if config.get("include_prompt") is False:
+        raise ModelError("the pooling config leaves the prompt out (include_prompt: false), which is not supported")
+    return ways or ["mean"]
+
+
+def _modules(directory: Path) -> list[dict[str, Any]]:
     """The modules that sentence-transformers makes an embedding of; none where it did not save the directory.
 
     Raises:
@@ -78,7 +141,7 @@ def read_modules(directory: Path) -> list[dict[str, Any]]:
 
 def _preparation(directory: Path) -> tuple[Callable[[str], str], str]:
     """What is done to a text before it is tokenised, and what is put in front of it."""
-    if not read_modules(directory):
+    if not _modules(directory):
         return lambda text: text, ""
     prompts = read_json(directory / "config_sentence_transformers.json")
     prefix = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name") or "", "")

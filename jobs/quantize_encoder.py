@@ -1,31 +1,35 @@
-"""Quantises an encoder or a classifier of BERT's family by itself, without a run:
+"""Quantises an encoder or a classifier of BERT's family by itself, without a run.
 
-    python -m jobs.quantize_encoder MODEL INTO --scheme onnx_int8 --rows validation.parquet --text-column sentence
-
-Each artefact is published below INTO, reloaded in a process that did not make it, compared with what its maker saw, and
-measured there: bytes, time for a batch and, where rows have labels, accuracy and macro-F1, the float model beside it.
+Each artefact is published below a directory, reloaded in a process that did not make it, compared with what its maker
+saw, and measured there: bytes, time for a batch and, of a classifier whose rows have labels, accuracy and macro-F1, the
+float model beside it. An artefact is served as it lies there: it says as much of texts as the directory it was made of.
 """
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cluster.config import validate
-from cluster.encoder_texts import TextReader
+from cluster.encoder_texts import TextReader, read_pooling, text_files
 from cluster.errors import ConfigError, CorpusError, EvaluationFailed, ModelError
-from cluster.published import publish_directory
+from cluster.model_directory import model_kind as use_of
+from cluster.published import MANIFEST, delete_directory, publish_directory
 from cluster.storage import LocalStorage
-from jobs.quantization.config import QuantizeConfig
+from jobs.quantization.config import QuantizationScheme, QuantizeConfig
 from jobs.quantization.pairings import check_pairings, model_kind
 
+SCHEMES: list[QuantizationScheme] = ["int8_weight_only", "int8_dynamic", "onnx_int8"]
+"""What is made unless others are named."""
 _BATCH_ROWS = 16
 _REPEATS = 5
 
@@ -37,47 +41,86 @@ def quantize_encoder(
     texts: list[str],
     labels: list[int] | None = None,
     threads: int = 1,
+    report: Callable[[int, str], None] = lambda done, note: None,
 ) -> dict[str, dict[str, float]]:
     """Quantises an encoder in every scheme and measures each, and the float model, in fresh processes.
 
     Args:
+        into: gets a directory for each scheme; one that is there from before is replaced.
         texts: at least one; they are read as the endpoint reads them.
         labels: of a classifier's texts, from 0.
+        report: is told how many models are done, and what is being worked on.
 
     Returns:
-        By scheme, and for `float`: `bytes`, `batch_s` (median seconds of the first 16 texts), with labels `accuracy`
-        and `macro_f1`; of schemes `reload_error` too, the largest difference of an output relative to the largest.
+        By scheme, and for `float`: `bytes`, `batch_s` (median seconds of the first 16 texts), with labels those of
+        `jobs.evaluating.classification`; of schemes `reload_error` too, the largest difference of an output relative to
+        the largest.
 
     Raises:
-        ConfigError: a scheme that no encoder has, or a model that is none.
-        QuantizationFailed: an artefact that a fresh process reads otherwise.
+        ConfigError: a scheme that no encoder has, a model that is none, or a directory that is somebody else's.
+        QuantizationFailed: an artefact that a fresh process reads otherwise; it is removed.
     """
-    from jobs.quantization.encoder_scorer import EncoderScorer
     from jobs.quantization.loading import read_config
     from jobs.quantize import check_reload
 
     config, asked = read_config(model), validate(QuantizeConfig, {"schemes": schemes}, "--scheme")
+    check_pairings(asked, config)
     if model_kind(config) != "encoder":
         raise ConfigError(
             f"model {model} is a {config.model_type} that generates: quantise it with `raystill quantize`"
         )
-    check_pairings(asked, config)
-    directory = Path(_located(model))
-    rows = read_texts(directory, texts)
-    measured = {"float": _measure_elsewhere(directory, "float", rows, labels, threads)[0]}
+    directory, storage = Path(_located(model)), LocalStorage(into)
+    read_pooling(directory)
+    if labels is not None and use_of(directory) != "classifications":
+        raise ConfigError(f"model {model} is no classifier, so labels say nothing of it: leave --label-column out")
     for scheme in asked.schemes:
-        with tempfile.TemporaryDirectory(prefix="raystill-quantize-") as name:
-            path = Path(name)
-            versions = _maker(scheme)(str(directory), path)
-            _tokenizer(model).save_pretrained(path)
-            found = EncoderScorer(path, scheme, threads).outputs(rows[:_BATCH_ROWS])
-            publish_directory(path, LocalStorage(into), scheme, scheme=scheme, versions=versions)
+        if (into / scheme).resolve() == directory.resolve():
+            raise ConfigError(f"model {model} lies where its {scheme} would go: name another INTO")
+        if storage.list(f"{scheme}/") and not storage.exists(f"{scheme}/{MANIFEST}"):
+            raise ConfigError(
+                f"{into / scheme} is there already and has no {MANIFEST}: remove it, or name another INTO"
+            )
+    rows = read_texts(directory, texts)
+    report(0, "float: measuring")
+    measured = {"float": _measure_elsewhere(directory, "float", rows, labels, threads)[0]}
+    for done, scheme in enumerate(asked.schemes, start=1):
+        report(done, f"{scheme}: quantising")
+        found = make_artefact(directory, storage, scheme, rows[:_BATCH_ROWS], threads)
+        report(done, f"{scheme}: measuring")
         figures, outputs = _measure_elsewhere(into / scheme, scheme, rows, labels, threads)
         largest = float(found.abs().max())
         figures["reload_error"] = float((found.double() - outputs).abs().max()) / largest
-        check_reload(scheme, figures)
+        try:
+            check_reload(scheme, figures)
+        except Exception:
+            delete_directory(storage, scheme)
+            raise
         measured[scheme] = figures
+    report(len(measured), "")
     return measured
+
+
+def make_artefact(
+    directory: Path, storage: LocalStorage, scheme: QuantizationScheme, rows: list[list[int]], threads: int
+) -> Any:
+    """Quantises an encoder and publishes it as `scheme`, with all that its directory says of texts; returns what the
+    artefact makes of rows of token ids (`EncoderScorer.outputs`)."""
+    import transformers
+
+    from cluster.pretrained import load_tokenizer
+    from jobs.quantization.encoder_scorer import EncoderScorer
+
+    with tempfile.TemporaryDirectory(prefix="raystill-quantize-") as name:
+        path = Path(name)
+        versions = {"transformers": transformers.__version__, **_maker(scheme)(str(directory), path)}
+        load_tokenizer(str(directory)).save_pretrained(path)
+        for file in text_files(directory):
+            (path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(directory / file, path / file)
+        found = EncoderScorer(path, scheme, threads).outputs(rows)
+        delete_directory(storage, scheme)
+        publish_directory(path, storage, scheme, scheme=scheme, versions=versions)
+    return found
 
 
 def _maker(scheme: str) -> Any:
@@ -96,12 +139,6 @@ def _located(model: str) -> str:
     if not Path(found).is_dir():
         raise ModelError(f"model {model}: no such directory; an encoder is quantised from a directory")
     return found
-
-
-def _tokenizer(model: str) -> Any:
-    from cluster.pretrained import load_tokenizer
-
-    return load_tokenizer(model)
 
 
 def read_texts(directory: Path, texts: list[str]) -> list[list[int]]:
@@ -173,6 +210,9 @@ def read_rows(
     path: Path, text_column: str, label_column: str | None, max_rows: int
 ) -> tuple[list[str], list[int] | None]:
     """Texts and labels of a .parquet or .jsonl file; the labels are whole numbers from 0.
+
+    Args:
+        label_column: None takes no labels.
 
     Raises:
         CorpusError: the file or a column is not there, or a label is no such number.

@@ -31,6 +31,9 @@ class EncoderScorer:
                 self._session = _session(directory / GRAPH, threads)
                 self._names = [item.name for item in self._session.get_inputs()]
             else:
+                if scheme != "float":
+                    import torchao  # noqa: F401  # registers the tensor types that the file names
+
                 found = model_class(str(directory)).from_pretrained(str(directory), use_safetensors=True)
                 self._model = found.float().eval() if scheme == "float" else found.eval()
         except (OSError, ValueError, RuntimeError) as error:

@@ -1,20 +1,30 @@
 """The transformers class of a model directory: a decoder's, or whatever an encoder's config names."""
 
+from pathlib import Path
 from typing import Any
 
 from cluster.errors import ModelError
 from cluster.pretrained import locate
 from jobs.quantization.pairings import model_kind
 
+_HEADLESS = "AutoModel"
+
 
 def read_config(model: str) -> Any:
-    """The Hugging Face config of a directory."""
+    """The Hugging Face config of a directory. What sentence-transformers saved for embeddings is read without a head,
+    as there and by the endpoint, whatever class its config names."""
     from transformers import AutoConfig
 
+    from cluster.model_directory import model_kind as use_of
+
+    located = locate(model)
     try:
-        return AutoConfig.from_pretrained(locate(model))
+        config = AutoConfig.from_pretrained(located)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {model}: its config cannot be read ({str(error).strip().splitlines()[0]})") from error
+    if (Path(located) / "modules.json").is_file() and use_of(Path(located)) == "embeddings":
+        config.architectures = [_HEADLESS]
+    return config
 
 
 def model_class(model: str) -> Any:
@@ -28,7 +38,9 @@ def model_class(model: str) -> Any:
     config = read_config(model)
     if model_kind(config) != "encoder":
         return transformers.AutoModelForCausalLM
-    [name] = getattr(config, "architectures", None) or ["AutoModel"]
+    name = config.architectures[0]
+    if name == _HEADLESS:
+        return transformers.AutoModel
     found = getattr(transformers, name, None)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise ModelError(f"model {model}: its config names the class {name!r}, which transformers does not have")

@@ -50,6 +50,7 @@ def export_blocks(student: str, directory: Path, body_bits: int) -> dict[str, st
     module: Any
     if model_kind(read_config(student)) == "encoder":
         model = model_class(student).from_pretrained(student, dtype=torch.float32, use_safetensors=True).eval()
+        model.config.architectures = [type(model).__name__]
         parameters, module = model.num_parameters(), Encoder(model)
     else:
         model = load_causal_lm(student)

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cluster.encoder_texts import TextReader, read_modules
+from cluster.encoder_texts import POOLING_WAYS, TextReader, read_pooling
 from cluster.errors import ModelError
 from cluster.model_directory import Kind, read_json
+from cluster.published import MANIFEST
+from services.endpoint.encoder_weights import load_encoder
 from services.endpoint.engines.scheduler import Load
 from services.endpoint.errors import invalid
 from services.endpoint.pool import Working, WorkPool
@@ -29,7 +31,7 @@ _THREADS = 2
 _BATCH_TOKENS = 8192
 """Positions of a batch, padding included; bounds the memory of a request."""
 
-POOLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+_POOLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cls": lambda tokens_BTD, mask_BT1: tokens_BTD[:, 0],
     "max": lambda tokens_BTD, mask_BT1: tokens_BTD.masked_fill(mask_BT1 == 0, -1e9).amax(1),
     "mean": lambda tokens_BTD, mask_BT1: (tokens_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp_min(1e-9),
@@ -39,7 +41,12 @@ POOLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         torch.arange(len(tokens_BTD)), mask_BT1[..., 0].sum(1).long() - 1
     ],
 }
-"""The ways of sentence-transformers (Reimers and Gurevych, arXiv 1908.10084), in the order in which it joins them."""
+assert set(_POOLING) == {*POOLING_WAYS}
+
+
+def _pool_by(ways: list[str]) -> Callable[[Tensor, Tensor], Tensor]:
+    """How token vectors [B, T, D] become vectors [B, D], given their mask [B, T, 1]."""
+    return lambda tokens_BTD, mask_BT1: torch.cat([_POOLING[way](tokens_BTD, mask_BT1) for way in ways], -1)
 
 
 def _mean(tokens_BTD: Tensor, weights_BT1: Tensor) -> Tensor:
@@ -58,7 +65,7 @@ class EncoderModel:
         Raises:
             ModelError: the directory cannot be served; the message says why.
         """
-        self.kind, self.scheme = kind, "float"
+        self.kind, self.scheme = kind, str(read_json(directory / MANIFEST).get("scheme", "float"))
         config = read_json(directory / "config.json")
         self._reader = TextReader(directory, max_context_tokens)
         self.tokenizer, self._pad_id = self._reader.tokenizer, self._reader.pad_id
@@ -71,8 +78,9 @@ class EncoderModel:
             self._normalise = False
         else:
             self.labels = []
-            self._pooled, self._normalise = _pooling(directory)
-        self._model = _load(directory, kind)
+            pooling = read_pooling(directory)
+            self._pooled, self._normalise = _pool_by(pooling.ways), pooling.normalises
+        self._outputs = load_encoder(directory, kind, self.scheme)
         self._work = WorkPool(_THREADS, max(0, max_admitted - _THREADS))
         self.dimensions = int(self._run([[self._pad_id]], lambda: False)[0].numel())
         if self.labels and len(self.labels) != self.dimensions:
@@ -154,11 +162,9 @@ class EncoderModel:
             for row, place in enumerate(places):
                 ids_BT[row, : len(texts[place])] = torch.tensor(texts[place])
                 mask_BT[row, : len(texts[place])] = 1
-            output = self._model(input_ids=ids_BT, attention_mask=mask_BT)
-            if self._pooled is None:
-                found = output.logits.float()
-            else:
-                found = self._pooled(output.last_hidden_state.float(), mask_BT[..., None].float())
+            found = self._outputs(ids_BT, mask_BT)
+            if self._pooled is not None:
+                found = self._pooled(found, mask_BT[..., None].float())
             if not torch.isfinite(found).all():
                 raise ModelError("the model gave a value that is not a finite number; serve another version")
             outputs.update(zip(places, found, strict=True))
@@ -180,26 +186,6 @@ def batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
 # --- what the directory says ------------------------------------------------------------------------------------------
 
 
-def _load(directory: Path, kind: Kind) -> Any:
-    from safetensors import SafetensorError
-    from transformers import AutoModel, AutoModelForSequenceClassification
-
-    loader = AutoModelForSequenceClassification if kind == "classifications" else AutoModel
-    try:
-        loaded, report = loader.from_pretrained(
-            str(directory), dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{directory.name}: cannot be loaded as an encoder ({reason})") from error
-    # The pooler is a layer of BERT's that neither way of use reads, except by a classifier.
-    missing = sorted(key for key in report["missing_keys"] if kind == "classifications" or "pooler." not in key)
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ModelError(f"{directory.name}: {type(loaded).__name__} needs weights that are not there: {shown}")
-    return loaded.eval()
-
-
 def _labels(config: dict[str, Any]) -> tuple[list[str], Callable[[Tensor], Tensor]]:
     """A classifier's labels by output, and how logits become probabilities."""
     if config.get("problem_type") == "regression":
@@ -209,36 +195,3 @@ def _labels(config: dict[str, Any]) -> tuple[list[str], Callable[[Tensor], Tenso
     if config.get("problem_type") == "multi_label_classification" or len(labels) == 1:
         return labels, torch.sigmoid
     return labels, lambda logits_BL: torch.softmax(logits_BL, dim=-1)
-
-
-def _pooling(directory: Path) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:
-    """How token vectors become one, and whether it is then brought to unit length."""
-    modules = read_modules(directory)
-    normalise, ways, pooled = False, ["mean"], False
-    for module in modules:
-        kind = str(module.get("type", "")).rpartition(".")[2]
-        if kind == "Pooling":
-            ways, pooled = _ways(read_json(directory / str(module.get("path", "")) / "config.json")), True
-        elif kind == "Normalize":
-            normalise = True
-        elif kind != "Transformer" or module.get("path"):
-            raise ModelError(
-                f"{directory.name}: modules.json names a module {kind} in {module.get('path')!r}; served are "
-                "Transformer (in the directory itself), Pooling and Normalize"
-            )
-    if modules and not pooled:
-        raise ModelError(f"{directory.name}: modules.json names no Pooling, so there is no vector for a text")
-    return lambda tokens_BTD, mask_BT1: torch.cat([POOLING[way](tokens_BTD, mask_BT1) for way in ways], -1), normalise
-
-
-def _ways(config: dict[str, Any]) -> list[str]:
-    named = config.get("pooling_mode")
-    if named is None:  # as it was written until sentence-transformers 5
-        names = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "weightedmean": "weightedmean_tokens"}
-        named = [way for way in POOLING if config.get(f"pooling_mode_{names.get(way, way)}")]
-    ways = [named] if isinstance(named, str) else list(named)
-    if unknown := [str(way) for way in ways if way not in POOLING]:
-        raise ModelError(f"the pooling config asks for {', '.join(unknown)}; known: {', '.join(POOLING)}")
-    if config.get("include_prompt") is False:
-        raise ModelError("the pooling config leaves the prompt out (include_prompt: false), which is not supported")
-    return ways or ["mean"]

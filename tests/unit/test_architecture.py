@@ -22,6 +22,7 @@ MODULES = {
 }
 LIGHT = sorted(
     {"cluster.config", "cluster.errors", "cluster.resources", "cluster.logs", "cluster.storage", "cluster.published"}
+    | {"cluster.encoder_texts"}
     | {"cluster.s3", "cluster.multipart", "cluster.attempts", "cluster.api_keys", "jobs.keys"}
     | {"cluster.connection", "cluster.pretrained", "cluster.tracking", "cluster.champions"}
     | {"cluster.promotions", "cluster.processes", "cluster.registry", "cluster.names", "jobs.gate", "jobs.rollback"}
@@ -50,7 +51,7 @@ NUMERIC = sorted(
     | {name for name in MODULES if name.startswith("jobs.training.targets")}
     | {"services.teacher.scoring", "services.teacher.model", "services.endpoint.model", "services.endpoint.decoding"}
     | {name for name in MODULES if name.startswith("services.endpoint.engines")}
-    | {"services.endpoint.encoders"}
+    | {"services.endpoint.encoders", "services.endpoint.encoder_weights"}
 )
 """These know torch and not Ray, not even inside a function."""
 COMMANDS = [item.name or item.callback.__name__ for item in app.registered_commands]

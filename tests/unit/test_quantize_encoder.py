@@ -124,6 +124,11 @@ def test_encoder_command_refuses_before_any_work(tmp_path):
     decoder, encoder = tiny.save_model(tmp_path / "d"), save_encoder(tmp_path / "e")
     with pytest.raises(ConfigError, match=r"llama that generates: quantise it with `raystill quantize`"):
         job.quantize_encoder(str(decoder), tmp_path / "made", ["onnx_int8"], ["text"])
+    (tmp_path / "t5").mkdir()
+    both = transformers.AutoConfig.for_model("t5", architectures=["T5ForConditionalGeneration"])
+    both.save_pretrained(tmp_path / "t5")
+    with pytest.raises(ConfigError, match=r"t5, whose encoder and decoder are two models in one"):
+        job.quantize_encoder(str(tmp_path / "t5"), tmp_path / "made", ["onnx_int8"], ["text"])
     with pytest.raises(ConfigError, match=r"int4_qat, the student is a bert: .*next tokens"):
         job.quantize_encoder(str(encoder), tmp_path / "made", ["onnx_int8", "int4_qat"], ["text"])
     with pytest.raises(ConfigError, match=r"--scheme: schemes.0: found 'int3'"):
