@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 import typer
+from sklearn.metrics import accuracy_score, f1_score
 from typer.testing import CliRunner
 
 from cluster.errors import ConfigError, CorpusError
@@ -93,7 +94,7 @@ def test_encoder_command_measures_each_scheme_in_a_fresh_process(tmp_path):
     assert done.exit_code == 0
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == {"float", "onnx_int8"}
-    assert (found["float"]["accuracy"], found["float"]["macro_f1"], found["float"]["rows"]) == (1.0, 1.0, 40)
+    assert (found["float"]["accuracy"], found["float"]["macro_f1"], found["float"]["num_rows"]) == (1.0, 1.0, 40)
     assert found["onnx_int8"]["accuracy"] >= 0.9
     assert found["onnx_int8"]["reload_error"] == 0
     assert found["onnx_int8"]["bytes"] < found["float"]["bytes"]
@@ -153,13 +154,37 @@ def test_rows_that_cannot_be_read_are_named(tmp_path, content, columns, words):
         job.read_rows(path, *columns, 10)
 
 
+def wilson(right, rows, z=1.959964):
+    """The two ends, as in Wilson's paper."""
+    share, square = right / rows, z * z / rows
+    half = z * (share * (1 - share) / rows + square / (4 * rows)) ** 0.5
+    return [(share + square / 2 + sign * half) / (1 + square) for sign in (-1, 1)]
+
+
+@pytest.mark.parametrize(("rows", "labels", "noise"), [(400, 3, 0.8), (60, 5, 2.0), (25, 2, 0.0), (1, 3, 0.0)])
+def test_classification_intervals_are_those_of_drawing_rows_anew(rows, labels, noise):
+    draw = np.random.default_rng(1)
+    true = draw.integers(0, labels, rows)
+    logits = np.eye(labels)[true] + noise * draw.normal(size=(rows, labels))
+    figures, found = classification_figures(logits, true), logits.argmax(1)
+    assert figures.accuracy == pytest.approx(accuracy_score(true, found))
+    assert figures.macro_f1 == pytest.approx(f1_score(true, found, average="macro", zero_division=0.0))
+    ends = [figures.accuracy_low, figures.accuracy_high]
+    assert ends == pytest.approx(wilson(accuracy_score(true, found, normalize=False), rows), abs=1e-6)
+    places = [draw.integers(0, rows, rows) for _ in range(400)]
+    again = [f1_score(true[place], found[place], average="macro", zero_division=0.0) for place in places]
+    expected = np.quantile(again, [0.025, 0.975])
+    assert np.abs(np.array([figures.macro_f1_low, figures.macro_f1_high]) - expected).max() < 0.02
+    assert figures.macro_f1_low <= figures.macro_f1 <= figures.macro_f1_high
+
+
 def test_classification_figures_are_those_of_counting():
     logits = np.array([[2.0, 1, 0], [0, 2, 1], [0, 2, 1], [0, 0, 5], [9, 0, 0]])
     figures = classification_figures(logits, np.array([0, 1, 2, 2, 1]))
     # Label 0: precision 1/2, recall 1; label 1: 1/2, 1/2; label 2: 1, 1/2.
     assert figures.accuracy == pytest.approx(3 / 5)
     assert figures.macro_f1 == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
-    assert (figures.rows, figures.labels) == (5, 3)
+    assert (figures.num_rows, figures.num_labels) == (5, 3)
     for labels, words in (([0, 1], "for 2 labels"), ([0, 1, 2, 2, 3], "from 0 to 3"), ([0, 1, 2, 2, -1], "from -1")):
         with pytest.raises(ValueError, match=words):
             classification_figures(logits, np.array(labels))
