@@ -19,6 +19,7 @@ import typer
 
 from jobs.arguments import AsJson, ConfigPath, Overrides
 from jobs.commands_cluster import add_cluster_commands
+from jobs.commands_encoders import add_encoder_commands
 from jobs.commands_keys import add_key_commands
 
 app = typer.Typer(
@@ -380,6 +381,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 add_key_commands(app, _guard, _load, _answer)
 add_cluster_commands(app, _guard, _load)
+add_encoder_commands(app, _guard)
 
 
 def main() -> None:

@@ -15,9 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from cluster.config import validate
 from cluster.encoder_texts import TextReader, read_pooling, text_files
@@ -239,37 +237,3 @@ def read_rows(
     if wrong is not None:
         raise CorpusError(f"rows {path}: {label_column} holds {wrong!r}; expected whole numbers from 0")
     return texts, labels
-
-
-def main(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory of an encoder or classifier.")],
-    into: Annotated[Path, typer.Argument(metavar="INTO", help="Directory for the artefacts, one folder each.")],
-    rows: Annotated[Path, typer.Option(help="Texts to measure with, .parquet or .jsonl.")],
-    scheme: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
-    text_column: Annotated[str, typer.Option()] = "text",
-    label_column: Annotated[str, typer.Option(help="Whole numbers from 0; empty: none.")] = "label",
-    max_rows: Annotated[int, typer.Option(min=1)] = 2000,
-) -> None:
-    """Quantise an encoder or a classifier, reload each artefact in a fresh process, compare and measure it."""
-    from cluster.resources import physical_cores
-
-    schemes = scheme or ["int8_weight_only", "int8_dynamic", "onnx_int8"]
-    texts, labels = read_rows(rows, text_column, label_column or None, max_rows)
-    found = quantize_encoder(model, into, schemes, texts, labels, physical_cores())
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("model", "on disk", "of float", "ms/batch", "accuracy", "macro-F1")
-    exact = found["float"]["bytes"]
-    for name, figures in found.items():
-        quality = [f"{figures[key]:.4f}" if key in figures else "" for key in ("accuracy", "macro_f1")]
-        size, share = f"{figures['bytes'] / 1e6:,.1f} MB", f"{figures['bytes'] / exact:.3f}"
-        table.add_row(name, size, share, f"{1000 * figures['batch_s']:.1f}", *quality)
-    Console().print(table)
-    typer.echo(json.dumps(found, sort_keys=True))
-
-
-if __name__ == "__main__":
-    from jobs.__main__ import _guard
-
-    _guard(lambda: typer.run(main), as_json=False)

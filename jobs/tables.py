@@ -1,6 +1,7 @@
 """The tables that a person reads at the end: models side by side, and the stages of a run."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -164,6 +165,24 @@ def versions_table(found: dict[str, Any]) -> Table:
             row["registered_at"].removesuffix("+00:00").replace("T", " "),
             ", ".join(filter(None, [row["verdict"], row["canary"] and f"canary {row['canary']}"])),
         )
+    return table
+
+
+def encoders_table(measured: dict[str, dict[str, float]], into: Path) -> Table:
+    """An encoder and what was made of it: bytes, time of a batch and, if rows had labels, how well it sorts them."""
+    rows = measured["float"].get("num_rows")
+    title = f"{into}: artefacts" + (f", {rows:,} rows with labels, 95 % intervals" if rows else "")
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for column in ("on disk", "of float", "ms/batch", *(("accuracy", "macro-F1") if rows else ())):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, figures in measured.items():
+        share = f"{figures['bytes'] / measured['float']['bytes']:.3f}"
+        quality = [
+            f"{figures[key]:.4f} [dim]{figures[f'{key}_low']:.3f}–{figures[f'{key}_high']:.3f}[/]"
+            for key in (("accuracy", "macro_f1") if rows else ())
+        ]
+        table.add_row(escape(name), size(figures["bytes"]), share, f"{1000 * figures['batch_s']:.1f}", *quality)
     return table
 
 

@@ -1,20 +1,21 @@
 """Encoders and classifiers: every scheme that goes with them, beside labels, without a run."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-import typer
+from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score
-from typer.testing import CliRunner
 
 from cluster.errors import ConfigError, CorpusError
 from jobs import quantize_encoder as job
 from jobs.evaluating.classification import classification_figures
 from jobs.quantization import int8_dynamic, int8_weight_only, onnx_int8
 from jobs.quantization.encoder_scorer import EncoderScorer
+from jobs.tables import encoders_table
 from services.endpoint.encoders import EncoderModel
 from tests import encoder_models, tiny
 
@@ -70,7 +71,7 @@ def test_encoder_quantised_by_every_scheme_stays_near_float(tmp_path, family, ki
         assert 0 < error < 0.1 * np.abs(exact).max(), scheme
 
 
-def test_encoder_command_measures_each_scheme_in_a_fresh_process(tmp_path):
+def test_encoder_command_measures_each_scheme_in_a_fresh_process(tmp_path, forked_raystill):
     student = save_encoder(tmp_path / "m")
     texts = tiny.sentences(40)
     encoded = job.read_texts(student, texts)
@@ -84,14 +85,9 @@ def test_encoder_command_measures_each_scheme_in_a_fresh_process(tmp_path):
     rows = tmp_path / "rows.jsonl"
     lines = [json.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True)]
     rows.write_text("\n".join(lines))
-    app = typer.Typer()
-    app.command()(job.main)
-    done = CliRunner().invoke(
-        app,
-        [str(student), str(tmp_path / "made"), "--rows", str(rows), "--scheme", "onnx_int8"],
-        catch_exceptions=False,
-    )
-    assert done.exit_code == 0
+    arguments = ["quantize-encoder", student, tmp_path / "made", "--rows", rows, "--scheme", "onnx_int8"]
+    done = forked_raystill(*arguments, "--label-column", "label", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == {"float", "onnx_int8"}
     assert (found["float"]["accuracy"], found["float"]["macro_f1"], found["float"]["num_rows"]) == (1.0, 1.0, 40)
@@ -152,6 +148,39 @@ def test_rows_that_cannot_be_read_are_named(tmp_path, content, columns, words):
         path.write_text(content)
     with pytest.raises(CorpusError, match=words):
         job.read_rows(path, *columns, 10)
+
+
+def test_encoder_command_says_what_is_wrong_in_one_line(tmp_path, forked_raystill):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a", "label": 0}')
+    encoder = save_encoder(tmp_path / "m", kind="AutoModel")
+    for options, words in (
+        (["--label-column", "label"], "is no classifier, so labels say nothing of it: leave --label-column out"),
+        (["--text-column", "sentence"], "no column 'sentence'; found text, label"),
+    ):
+        done = forked_raystill("quantize-encoder", encoder, "made", "--rows", rows, *options, "--json", cwd=tmp_path)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert done.stderr.startswith("raystill: ")
+        assert len(done.stderr.splitlines()) == 1
+        assert words in json.loads(done.stdout.splitlines()[-1])["error"]
+
+
+def test_encoders_table_has_quality_where_rows_had_labels():
+    plain = {"float": {"bytes": 4e6, "batch_s": 0.5}, "onnx_int8": {"bytes": 1e6, "batch_s": 0.2, "reload_error": 0.0}}
+    quality = {"accuracy": 0.9, "accuracy_low": 0.85, "accuracy_high": 0.94, "num_rows": 200, "num_labels": 3}
+    quality |= {"macro_f1": 0.88, "macro_f1_low": 0.82, "macro_f1_high": 0.93}
+    shown = {}
+    for name, measured in (("plain", plain), ("labelled", {key: value | quality for key, value in plain.items()})):
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(encoders_table(measured, Path("made")))
+        shown[name] = capture.get()
+    for text in ("float", "onnx_int8", "1.0 MB", "0.250", "200.0"):
+        assert text in shown["plain"]
+    assert "accuracy" not in shown["plain"]
+    for text in ("made: artefacts, 200 rows with labels, 95 % inter", "0.9000 0.850–0.940", "0.8800 0.820–0.930"):
+        assert text in shown["labelled"]
 
 
 def wilson(right, rows, z=1.959964):
