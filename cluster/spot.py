@@ -5,6 +5,7 @@ rebalance recommendation. Ray does not ask. A node that is drained takes nothing
 Train tells its workers, who store their step and go on elsewhere.
 """
 
+import contextlib
 import json
 import logging
 import subprocess
@@ -25,6 +26,10 @@ METADATA = "http://169.254.169.254"
 _TOKEN_S = 21_600
 _TIMEOUT_S = 2.0
 _DRAIN_S = 60.0
+
+
+class _Busy(ClusterUnreachable):
+    """The metadata service is there and asks for patience (HTTP 429, 5xx)."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,7 @@ class InstanceMetadata:
         """The text at a path; None where there is none."""
         for attempt in range(2):
             if self._token is None:
-                header = {"X-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_S)}
-                self._token = self._ask(
-                    urllib.request.Request(f"{self._endpoint}/latest/api/token", None, header, method="PUT")
-                )
+                self._token = self._new_token()
             try:
                 header = {"X-aws-ec2-metadata-token": self._token}
                 return self._ask(urllib.request.Request(f"{self._endpoint}{path}", None, header))
@@ -82,11 +84,20 @@ class InstanceMetadata:
                 if error.code == 404:
                     return None
                 if error.code != 401 or attempt:
-                    raise ClusterUnreachable(
-                        f"instance metadata at {self._endpoint}: HTTP {error.code} for {path}"
-                    ) from error
+                    raise self._refused(path, error) from error
                 self._token = None  # it was used up
         return None
+
+    def _new_token(self) -> str:
+        path, header = "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_S)}
+        try:
+            return self._ask(urllib.request.Request(f"{self._endpoint}{path}", None, header, method="PUT"))
+        except urllib.error.HTTPError as error:  # the service throttles, as it does for every other question
+            raise self._refused(path, error) from error
+
+    def _refused(self, path: str, error: urllib.error.HTTPError) -> ClusterUnreachable:
+        kind = _Busy if error.code == 429 or error.code >= 500 else ClusterUnreachable
+        return kind(f"instance metadata at {self._endpoint}: HTTP {error.code} for {path}")
 
     def _ask(self, request: urllib.request.Request) -> str:
         try:
@@ -121,10 +132,12 @@ def watch(
         wait: sleeps; for tests.
 
     Raises:
-        ClusterUnreachable: no metadata service answers the first question.
+        ClusterUnreachable: no metadata service answers the first question; one that asks for patience is asked again.
     """
     recommended = False
-    notice = metadata.notice()
+    notice: Notice | None = None
+    with contextlib.suppress(_Busy):
+        notice = metadata.notice()
     while True:
         try:
             if notice is not None and notice.kind == "termination":

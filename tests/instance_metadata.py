@@ -13,6 +13,8 @@ class Service:
 
     def __init__(self):
         self.says, self.tokens, self.asked = {}, set(), []
+        self.refusals = []
+        """Statuses that the next questions for a token are answered with."""
         service = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -25,6 +27,8 @@ class Service:
             def do_PUT(self):
                 if self.path != "/latest/api/token" or not self.headers.get("X-aws-ec2-metadata-token-ttl-seconds"):
                     return self.answer(400)
+                if service.refusals:
+                    return self.answer(service.refusals.pop(0))
                 service.tokens.add(f"token{len(service.asked)}")
                 return self.answer(200, f"token{len(service.asked)}")
 

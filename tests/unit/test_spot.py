@@ -90,6 +90,30 @@ def test_watch_asks_again_where_head_or_metadata_fail_for_a_moment(service):
     assert len(waits) == 2
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_watch_goes_on_where_a_token_is_refused_for_a_moment(service, status):
+    """The first token of all, and each renewal."""
+    drained, waits = [], []
+    service.refusals = [status, status]
+
+    def wait(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            service.tokens.clear()
+            service.refusals = [status]
+            service.announces(90)
+
+    watch(InstanceMetadata(service.endpoint), lambda reason, left: drained.append(left), wait=wait)
+    assert len(drained) == 1
+    assert not service.refusals
+
+
+def test_watch_where_no_token_is_given_says_so(service):
+    service.refusals = [403]
+    with pytest.raises(ClusterUnreachable, match="HTTP 403 for /latest/api/token"):
+        watch(InstanceMetadata(service.endpoint), lambda reason, left: None)
+
+
 def test_drain_that_no_cluster_takes_is_an_error():
     with pytest.raises(ClusterUnreachable, match=r"was not drained|no answer"):
         drain_node(f"127.0.0.1:{free_port()}", "zz", "test", 5)
