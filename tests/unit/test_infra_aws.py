@@ -209,9 +209,10 @@ def test_node_is_set_up_and_again_without_a_change(machine):
         assert done.returncode == 0, done.stderr
     asked = (home / "asked").read_text().splitlines()
     assert asked.count("venv") == 1
-    [install, again] = [line for line in asked if line.startswith("pip install")]
-    assert install == again
+    install, wheel, *again = [line for line in asked if line.startswith("pip install")]
+    assert [install, wheel] == again
     assert f"--constraint {here}/constraints.txt raystill[postgres] @ file://{here}/raystill-" in install
+    assert f" --no-deps --force-reinstall {here}/raystill-" in wheel, "a wheel that was built again has the old version"
     assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
     assert (home / "crontab").read_text() == f"*/10 * * * * bash {here}/database.sh us-east-1 db.internal arn:x\n"
     told = subprocess.run(
