@@ -87,12 +87,16 @@ def terraform_apply() -> str:
         options = {"env": {**os.environ, "AWS_ACCESS_KEY_ID": "mock", "AWS_SECRET_ACCESS_KEY": "mock"}, "timeout": 240}
         at = f"-chdir={directory}"
         run(terraform, at, "apply", "-auto-approve", "-no-color", *values, **options)
+        try:  # exit code 2: what was just applied would be changed
+            run(terraform, at, "plan", "-detailed-exitcode", "-no-color", *values, **options)
+        except Failed as error:
+            raise Failed(f"a second plan is not empty:\n{str(error)[-1500:]}") from None
         state = json.loads(run(terraform, at, "show", "-json", **options))
         made = len(_resources(state["values"]["root_module"]))
         text = run(terraform, at, "destroy", "-auto-approve", "-no-color", *values, **options)
         if f"{made} destroyed" not in text.replace("Resources: ", ""):
             raise Failed(text[-1500:])
-    return f"{made} resources made and destroyed on a mock of AWS (moto)"
+    return f"{made} resources made, planned again without a change, and destroyed on a mock of AWS (moto)"
 
 
 def _resources(module: dict[str, Any]) -> list[Any]:

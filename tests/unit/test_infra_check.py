@@ -1,6 +1,8 @@
 """`infra/check.py`: a failure fails, a tool that is not there is named, schemas refuse what they do not know."""
 
+import contextlib
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,36 @@ def test_program_that_ends_badly_is_a_failure_with_its_words():
         check.run("sh", "-c", "echo no such thing >&2; exit 3")
     with pytest.raises(check.Absent, match=r"nothing-of-this-name is not installed \(from there\)"):
         check.tool("nothing-of-this-name", "from there")
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_what_was_applied_is_planned_again_and_must_not_change(code, monkeypatch, tmp_path):
+    """Terraform is a stand-in that writes down what it is asked."""
+    asked = tmp_path / "asked"
+    resources = {"values": {"root_module": {"resources": [{"mode": "managed"}]}}}
+    terraform = tmp_path / "terraform"
+    terraform.write_text(
+        f"""#!/bin/sh
+echo "$2 $3" >>{asked}
+case $2 in
+plan) echo "~ update in-place"; exit {code} ;;
+show) echo '{json.dumps(resources)}' ;;
+destroy) echo "Destroy complete! Resources: 1 destroyed." ;;
+esac
+"""
+    )
+    terraform.chmod(0o755)
+    monkeypatch.setattr(check, "tool", lambda name, source: name)
+    monkeypatch.setattr(check, "_initialised", lambda: contextlib.nullcontext((terraform, tmp_path)))
+    monkeypatch.setattr(check, "_served", lambda moto: contextlib.nullcontext("http://127.0.0.1:1"))
+    if code:
+        with pytest.raises(check.Failed, match=r"(?s)second plan is not empty.*update in-place"):
+            check.terraform_apply()
+    else:
+        assert check.terraform_apply().startswith("1 resources made, planned again without a change")
+    steps = [line.split()[0] for line in asked.read_text().splitlines()]
+    assert steps == (["apply", "plan"] if code else ["apply", "plan", "show", "destroy"])
+    assert "plan -detailed-exitcode" in asked.read_text()
 
 
 def test_schema_refuses_a_key_that_nobody_knows_at_any_depth():
