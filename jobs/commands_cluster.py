@@ -39,7 +39,8 @@ def add_cluster_commands(app: typer.Typer, guard: Guard, load: Load) -> None:
             Path | None, typer.Option(metavar="FILE", help="Requirements that every node installs first.")
         ] = None,
     ) -> None:
-        """Run a config on a cluster, and follow it. Saying it again follows, reports or continues the same job."""
+        """Run a config on a cluster, and follow it. Saying it again follows the job while it runs, and afterwards
+        begins it anew, passing over what is finished; with --id, a job that has succeeded is only reported."""
 
         def work() -> None:
             from cluster.submissions import Submissions
@@ -52,6 +53,8 @@ def add_cluster_commands(app: typer.Typer, guard: Guard, load: Load) -> None:
             job = done.job
             if job.has_ended and not done.is_new:
                 _say(f"{how_it_ended(job)}; its log: raystill logs {job.id}{_at(address)}")
+                if detach:
+                    typer.echo(job.id)
                 return
             if not done.is_new:
                 _say(f"job {job.id} is {job.status.lower()} already")

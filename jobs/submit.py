@@ -1,8 +1,9 @@
 """`raystill submit`: a run as a job on a cluster's head, under an id that follows from the run itself.
 
-Saying it again is safe. A job of the id that runs is followed, one that succeeded is reported, one that failed or was
-stopped is begun anew under the next number, and goes on from the run's checkpoints. Of two that submit at once one wins
-and the other follows.
+Saying it again is safe. A job of the id that waits or runs is followed; one that has ended is begun anew under the next
+number. After a failure or a stop that one goes on from the run's checkpoints; after a success it passes over what is
+finished, and does what sources that have changed since ask for. Under an id of the caller's own a success is only
+reported: that id stands for this one piece of work. Of two that submit at once one wins and the other follows.
 
 What travels is the resolved config and, unless the image holds raystill, its three packages. Nothing of the caller's
 environment does: credentials come from the nodes' role, or from files and variables on the nodes.
@@ -52,11 +53,11 @@ def submit(
     image_has_raystill: bool = False,
     pip: Path | None = None,
 ) -> Submitted:
-    """Has the cluster do `raystill COMMAND` with this config, unless it does or has done so already.
+    """Has the cluster do `raystill COMMAND` with this config, unless it does so already.
 
     Args:
         say: is given lines for people.
-        job_id: instead of the id that follows from run, config and command.
+        job_id: instead of the id that follows from run, config and command; once it has succeeded nothing is started.
         image_has_raystill: send the config alone.
         pip: a requirements file that every node installs first.
 
@@ -79,7 +80,7 @@ def submit(
         while True:
             known = [job for job in cluster.all() if job.metadata.get(_FAMILY) == family]
             latest = max(known, key=_attempt, default=None)
-            if latest is not None and (not latest.has_ended or latest.status == "SUCCEEDED"):
+            if latest is not None and (not latest.has_ended or (latest.status == "SUCCEEDED" and job_id is not None)):
                 return Submitted(latest, False)
             if command != "doctor":
                 _check_storage_is_free(there, family, cluster)
@@ -102,10 +103,13 @@ def submit(
             taken = cluster.find(next_id)
             if taken is not None and taken.metadata.get(_FAMILY) != family:
                 raise ConfigError(f"job {next_id}: the cluster has had another job of this id; choose one with --id")
+            if taken is not None and taken.status == "SUCCEEDED":  # somebody else's, begun after this call and quick
+                return Submitted(taken, False)
 
 
 def default_id(config: RunConfig, command: str) -> str:
-    """The id of a run's job: the same for the same config and command, whoever submits it from wherever."""
+    """The id of a run's first job, whose later ones have a number behind it: the same for the same config and command,
+    whoever submits it from wherever."""
     return f"raystill-{config.name}-{fingerprint([command, config.model_dump(mode='json')])[:8]}"
 
 

@@ -59,11 +59,15 @@ def test_submit_follows_to_the_end_and_is_safe_to_repeat(call, config):
     job_id = job_id_of(first)
     assert f"job {job_id} succeeded" in first.stderr
     again = call("submit", config, "--command", "prepare")
-    assert again.returncode == 0
-    assert f"job {job_id} succeeded" in again.stderr
-    assert "files" not in again.stderr
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert job_id_of(again) == f"{job_id}-2"
+    assert "nothing to do" in again.stdout
+    own = [call("submit", config, "--command", "prepare", "--id", "own", "--detach").stdout.strip()]
+    call("logs", "own", "--follow")
+    own += [call("submit", config, "--command", "prepare", "--id", "own", "--detach").stdout.strip()]
+    assert own == ["own", "own"], "under an id of one's own a success is reported"
     listed = json.loads(call("jobs", "--json").stdout)
-    assert [job["exit_code"] for job in listed if job["id"] == job_id] == [0]
+    assert [job["exit_code"] for job in listed if job["id"].startswith((job_id, "own"))] == [0, 0, 0]
     table = call("jobs")
     assert job_id in table.stdout
     assert call("logs", job_id).stdout.count("Running entrypoint") == 1

@@ -85,7 +85,7 @@ def test_id_that_is_no_name_is_refused(name):
         check_id(name)
 
 
-def test_submit_again_follows_reports_or_begins_anew():
+def test_submit_again_follows_or_begins_anew():
     cluster, said = Cluster(), []
     first = submit(made(), "run", cluster, said.append)
     assert first.is_new
@@ -99,10 +99,66 @@ def test_submit_again_follows_reports_or_begins_anew():
     third = submit(made(), "run", cluster, said.append)
     assert third.job.id == f"{first.job.id}-3"
     cluster.ends(third.job.id, "SUCCEEDED", 0)
-    reported = submit(made(), "run", cluster, said.append)
-    assert (reported.is_new, reported.job.status) == (False, "SUCCEEDED")
-    assert len(said) == 3
+    fourth = submit(made(), "run", cluster, said.append)
+    assert (fourth.is_new, fourth.job.id) == (True, f"{first.job.id}-4"), "its sources may have changed since"
+    followed = submit(made(), "run", cluster, said.append)
+    assert (followed.is_new, followed.job.id) == (False, fourth.job.id)
+    assert len(said) == 4
     assert "files" in said[0]
+
+
+def test_submit_again_under_an_id_of_ones_own_reports_a_success():
+    cluster = Cluster()
+    first = submit(made(), "run", cluster, lambda line: None, "nightly")
+    cluster.ends("nightly", "FAILED", 1)
+    assert submit(made(), "run", cluster, lambda line: None, "nightly").job.id == "nightly-2"
+    cluster.ends("nightly-2", "SUCCEEDED", 0)
+    reported = submit(made(), "run", cluster, lambda line: None, "nightly")
+    assert (first.is_new, reported.is_new, reported.job.id) == (True, False, "nightly-2")
+    assert len(cluster.jobs) == 2
+
+
+@pytest.mark.parametrize("job_id", [None, "nightly"])
+def test_submit_detached_prints_the_id_whatever_the_job_is(monkeypatch, tmp_path, job_id):
+    from typer.testing import CliRunner
+
+    from jobs.__main__ import app
+
+    cluster, config = Cluster(), tmp_path / "small.yaml"
+    config.write_text(made().model_dump_json(by_alias=True))
+    monkeypatch.setattr("cluster.submissions.Submissions", lambda address: cluster)
+    asked = ["submit", str(config), "--detach", *(["--id", job_id] if job_id else [])]
+
+    def said():
+        done = CliRunner().invoke(app, asked)
+        assert done.exit_code == 0, done.output
+        return done.stdout.split()
+
+    [first] = said()
+    assert said() == [first]
+    cluster.ends(first, "SUCCEEDED", 0)
+    assert said() == ([first] if job_id else [f"{first}-2"])
+
+
+def test_submit_at_once_after_a_success_is_one_job():
+    """Both look before either submits; the winner's job has even ended when the loser is told."""
+
+    class Racing(Cluster):
+        def submit(self, job_id, entrypoint, runtime_env, metadata=None):
+            taken = super().submit(job_id, entrypoint, runtime_env, metadata)
+            if self.winner_ends:
+                self.ends(job_id, "SUCCEEDED", 0)
+                return False
+            return taken
+
+    cluster = Racing()
+    cluster.winner_ends = False
+    first = submit(made(), "run", cluster, lambda line: None)
+    cluster.ends(first.job.id, "SUCCEEDED", 0)
+    cluster.winner_ends = True
+    second = submit(made(), "run", cluster, lambda line: None)
+    assert (second.is_new, second.job.id, second.job.status) == (False, f"{first.job.id}-2", "SUCCEEDED")
+    assert len(cluster.jobs) == 2
 
 
 def test_submit_that_loses_a_race_follows_the_winner():
