@@ -23,6 +23,14 @@ class NodeShape:
     resources: dict[str, float]
     labels: dict[str, str] = field(default_factory=dict)
     count: int = 1
+    host: str | None = None
+    """Address of a living node; one that may be started has none yet."""
+
+    def places(self, resources: dict[str, float], labels: dict[str, str]) -> int:
+        """How many that take so much of each resource one node holds; 0 if its labels are others."""
+        if not _has_labels(labels, self):
+            return 0
+        return int(min((self.resources.get(name, 0.0) // a for name, a in resources.items() if a > 0), default=10**9))
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ def check_demands(demands: list[Demand], nodes: list[NodeShape]) -> None:
 
 
 def _check_alone(demand: Demand, nodes: list[NodeShape]) -> None:
-    labelled = [node for node in nodes if _fits_labels(demand, node)]
+    labelled = [node for node in nodes if _has_labels(demand.labels, node)]
     wanted = ", ".join(f"{name} {amount:g}" for name, amount in demand.resources.items())
     if demand.count and not labelled:
         raise PlacementError(
@@ -73,10 +81,7 @@ def _check_alone(demand: Demand, nodes: list[NodeShape]) -> None:
             f"{demand.role}: each needs {wanted} on one node, {reason}: ask for less, or add such nodes "
             "(`ray start --resources ...`; if the cluster grows by itself, say how far with cluster.num_cpus)"
         )
-    room = sum(
-        node.count * int(min((node.resources[n] // a for n, a in demand.resources.items() if a > 0), default=10**9))
-        for node in fits
-    )
+    room = sum(node.count * node.places(demand.resources, demand.labels) for node in fits)
     if room < demand.count:
         raise PlacementError(
             f"{demand.role}: {demand.count} with {wanted} each, the cluster has room for {room}: lower the count, or "
@@ -84,9 +89,9 @@ def _check_alone(demand: Demand, nodes: list[NodeShape]) -> None:
         )
 
 
-def _fits_labels(demand: Demand, node: NodeShape) -> bool:
+def _has_labels(labels: dict[str, str], node: NodeShape) -> bool:
     """Plain values are compared; Ray's operators (`!x`, `in(a,b)`) are left to Ray."""
-    plain = {name: value for name, value in demand.labels.items() if not value.startswith(("!", "in("))}
+    plain = {name: value for name, value in labels.items() if not value.startswith(("!", "in("))}
     return all(node.labels.get(name) == value for name, value in plain.items())
 
 
@@ -94,7 +99,11 @@ def cluster_nodes() -> list[NodeShape]:
     """The living nodes of the connected Ray, and those that its autoscaler may start as far as this node knows."""
     import ray
 
-    living = [NodeShape(node["Resources"], node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]]
+    living = [
+        NodeShape(node["Resources"], node.get("Labels") or {}, host=node["NodeManagerAddress"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
     return [*living, *growth(BOOTSTRAP.expanduser())]
 
 

@@ -1,4 +1,4 @@
-"""What each process may use, and how it should wait and allocate. Pure: no Ray import, no side effects.
+"""What each process may use, and how it should wait and allocate. No Ray import, no side effects.
 
 Measured on two cores with a Llama of 8 x 512 as teacher: with OpenMP's spinning waits the training step through the
 service takes 1.2-1.3 times the one-process step, with passive waits 1.04. Large CPU temporaries that are mapped and
@@ -6,7 +6,9 @@ unmapped at every chunk cost more in page faults than the arithmetic on them; ke
 the elementwise part of the loss at a vocabulary of 32,000.
 """
 
+import contextlib
 import os
+from pathlib import Path
 
 from cluster.errors import PlacementError
 
@@ -36,8 +38,42 @@ def process_environment() -> dict[str, str]:
 
 
 def physical_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    """Cores that this process may run on, or fewer where its cgroup has less of their time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, int(min(cores, cgroup_cpus(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))))
+
+
+def cgroup_cpus(membership: Path, root: Path) -> float:
+    """CPUs' worth of time that a control group and those above it leave a process, as in a container with a limit;
+    infinite without one. What cannot be read counts as no limit.
+
+    Args:
+        membership: `/proc/self/cgroup`.
+        root: where the groups are mounted; inside a container its own group is that directory.
+    """
+    least = float("inf")
+    with contextlib.suppress(OSError, ValueError):
+        for line in membership.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = root / controllers if controllers else root  # version 1 has a tree for each, version 2 one for all
+            below = top / group.strip("/")
+            for directory in (below, *below.parents):
+                if directory.is_relative_to(top):
+                    least = min(least, _quota(directory))
+    return least
+
+
+def _quota(directory: Path) -> float:
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (directory / "cpu.max").read_text().split()
+        return int(quota) / int(period)  # "max" is no number
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = ((directory / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if int(quota) > 0:
+            return int(quota) / int(period)
+    return float("inf")
 
 
 def logical_cpus(configured: int | None) -> int:

@@ -105,7 +105,8 @@ class TrainConfig(Config):
     num_workers: WorkerCount = execution(1)
     """A number, or `[least, most]`: then the group grows and shrinks with the cluster; that needs `cluster.pools`."""
     threads_per_worker: int | None = execution(None, ge=1)
-    """Default: the cores shared by workers and teacher replicas on this machine."""
+    """Default: workers and teacher replicas share the cores of this machine; on a cluster, the slots of a node its
+    CPUs."""
     use_gpu: bool = execution(False)
     learning_rate: float = Field(1e-3, gt=0)
     """Peak rate, reached after the warm-up; then a cosine down to `final_rate` times it."""
@@ -155,6 +156,7 @@ class TeacherConfig(Config):
     max_replicas: int | None = execution(None, ge=1)
     """Up to this many while requests wait and students stand still for them; default: no more than `replicas`."""
     threads_per_replica: int | None = execution(None, ge=1)
+    """Default: as `train.threads_per_worker`."""
     num_gpus: float = execution(0, ge=0)
     max_batch_tokens: int = execution(16384, ge=1)
     """Waiting requests are merged up to this many tokens."""

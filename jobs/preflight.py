@@ -11,9 +11,9 @@ from cluster.champions import database_url, open_database
 from cluster.connection import Connection, check_address, in_a_job
 from cluster.errors import ConfigError, ModelError, PlacementError, UserError
 from cluster.placement import Demand, check_demands, cluster_nodes
-from cluster.pools import Pool, PoolsConfig, least, most, slot
+from cluster.pools import Pool, PoolsConfig, least, slot
 from cluster.pretrained import check_model, check_same_vocabulary, load_tokenizer, locate
-from cluster.resources import check_placement, logical_cpus, threads_each
+from cluster.resources import check_placement, logical_cpus
 from cluster.storage import LocalStorage, open_storage
 from jobs.config import RunConfig, TrainConfig
 from jobs.corpus import check_endings, find_sources
@@ -21,7 +21,7 @@ from jobs.evaluating.questions import read_questions
 from jobs.ledger import Ledger
 from jobs.quantization.pairings import check_pairings
 from jobs.shape import shape_config
-from jobs.train import default_threads
+from jobs.threads import Threads, threads_of, threads_on
 
 
 def check_config(config: RunConfig) -> None:
@@ -83,18 +83,21 @@ def check_cluster(config: RunConfig, connection: Connection, *, answers: bool = 
     if connection.embedded:
         return
     nodes = cluster_nodes()
+    threads = threads_on(nodes, connection.pools, config)
 
     def has(name: str) -> float:
         return sum(node.resources.get(name, 0.0) * node.count for node in nodes)
 
-    check_cpus(config, max(connection.num_cpus, has("CPU")), "the cluster")
+    check_cpus(config, max(connection.num_cpus, has("CPU")), "the cluster", threads)
     check_gpus(config, has("GPU"), "the cluster")
     if connection.pools is not None and connection.num_cpus <= has("CPU"):  # else it grows further than is known here
-        for demands in placed_together(config, connection.pools, answers=answers):
+        for demands in placed_together(config, connection.pools, threads, answers=answers):
             check_demands(demands, nodes)
 
 
-def placed_together(config: RunConfig, pools: PoolsConfig, *, answers: bool = True) -> list[list[Demand]]:
+def placed_together(
+    config: RunConfig, pools: PoolsConfig, threads: Threads, *, answers: bool = True
+) -> list[list[Demand]]:
     """What each part of a run asks of a cluster with pools at the same time."""
 
     def demand(role: str, pool: Pool, count: int, cpus: float, gpus: float) -> Demand:
@@ -102,34 +105,31 @@ def placed_together(config: RunConfig, pools: PoolsConfig, *, answers: bool = Tr
         taken = {name: amount for name, amount in resources.items() if amount}
         return Demand(f"{role}={count}", count, taken, pools.labels(pool))
 
-    def of_train(place: str, train: TrainConfig, threads: int) -> Demand:
-        threads = train.threads_per_worker or threads
-        return demand(f"{place}.num_workers", "student", least(train.num_workers), threads, float(train.use_gpu))
+    def of_train(place: str, train: TrainConfig, cpus: int) -> Demand:
+        return demand(f"{place}.num_workers", "student", least(train.num_workers), cpus, float(train.use_gpu))
 
-    teacher, threads = config.teacher, default_threads(config)
-    training = [of_train("train", config.train, threads)]
+    teacher = config.teacher
+    training = [of_train("train", config.train, threads.worker)]
     if teacher is not None and config.distils:
-        of_each = teacher.threads_per_replica or threads
-        training.append(demand("teacher.replicas", "teacher", teacher.replicas, of_each, teacher.num_gpus))
+        training.append(demand("teacher.replicas", "teacher", teacher.replicas, threads.replica, teacher.num_gpus))
     together = [training]
     if answers:
         together.append([demand("serve.replicas", "endpoint", config.serve.replicas, 1, 0)])
     if teacher is not None and teacher.train is not None:
-        together.append([of_train("teacher.train", teacher.train, threads_each(most(teacher.train.num_workers)))])
+        together.append([of_train("teacher.train", teacher.train, threads.teacher_worker)])
     return together
 
 
-def check_cpus(config: RunConfig, available: float, where: str) -> None:
-    """Raises `PlacementError` if a stage can never be placed."""
-    wanted = _wanted("train", config.train, config.train.threads_per_worker or default_threads(config))
-    if config.teacher is not None and config.distils:
-        threads = config.teacher.threads_per_replica or default_threads(config)
-        wanted[f"teacher.replicas={config.teacher.replicas} x {threads} threads"] = config.teacher.replicas * threads
+def check_cpus(config: RunConfig, available: float, where: str, threads: Threads | None = None) -> None:
+    """Raises `PlacementError` if a stage can never be placed. `threads`: by default those of this machine."""
+    threads, teacher = threads or threads_of(config), config.teacher
+    wanted = _wanted("train", config.train, threads.worker)
+    if teacher is not None and config.distils:
+        role = f"teacher.replicas={teacher.replicas} x {threads.replica} threads"
+        wanted[role] = teacher.replicas * threads.replica
     check_placement(wanted, available, where)
-    if config.teacher is not None and config.teacher.train is not None:
-        train = config.teacher.train
-        threads = train.threads_per_worker or threads_each(most(train.num_workers))
-        check_placement(_wanted("teacher.train", train, threads), available, where)
+    if teacher is not None and teacher.train is not None:
+        check_placement(_wanted("teacher.train", teacher.train, threads.teacher_worker), available, where)
 
 
 def check_gpus(config: RunConfig, available: float, where: str) -> None:

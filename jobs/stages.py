@@ -13,10 +13,9 @@ from typing import Any
 from cluster.champions import database_url, find_champion
 from cluster.config import fingerprint
 from cluster.errors import CorruptArtifact, UserError
-from cluster.pools import most
 from cluster.pretrained import load_tokenizer, locate, model_fingerprint
 from cluster.published import publish_directory, read_manifest
-from cluster.resources import physical_cores, threads_each
+from cluster.resources import physical_cores
 from cluster.storage import LocalStorage, Storage, split_uri
 from cluster.tracking import tracking_uri
 from jobs.config import DistillConfig, RunConfig, StudentConfig
@@ -36,7 +35,8 @@ from jobs.register import register
 from jobs.serve import ask_once
 from jobs.stage import Output, Run, Stage
 from jobs.tasks import run_task
-from jobs.train import default_threads, run_training, teacher_service
+from jobs.threads import threads_of
+from jobs.train import run_training, teacher_service
 from jobs.training.data import ExampleStore
 from jobs.training.plan import TeacherAccess, TrainPlan
 
@@ -180,7 +180,7 @@ def _teacher(run: Run, bar: Bar) -> Output:
         teacher=None,
         distill=DistillConfig(alpha=1.0),
         train=teacher.train,
-        threads=teacher.train.threads_per_worker or threads_each(most(teacher.train.num_workers)),
+        threads=threads_of(run.config, run.cluster).teacher_worker,
     )
     return run_training(plan, run.cluster, bar, run.track("teacher/"))
 
@@ -210,7 +210,8 @@ def _label(run: Run, bar: Bar) -> Output:
     assert config.teacher is not None
     assert run.teacher_model is not None
     bar.start(None, "starting the teachers")
-    with teacher_service(config.teacher, run.teacher_model, run.tokenizer, store, config) as (access, reason):
+    threads = threads_of(config, run.cluster).replica
+    with teacher_service(config.teacher, run.teacher_model, run.tokenizer, store, config, threads) as (access, reason):
         bar.say(reason)
         access = over_common_columns(access, config, run.storage, run.store_prefix)
         arguments = (config.label_root, run.storage, run.store_prefix, config.train.micro_batch)
@@ -241,6 +242,7 @@ def _train_key(run: Run) -> str:
 
 def _train(run: Run, bar: Bar) -> Output:
     config = run.config
+    threads = threads_of(config, run.cluster)
 
     def plan(access: TeacherAccess | None) -> TrainPlan:
         return TrainPlan(
@@ -254,7 +256,7 @@ def _train(run: Run, bar: Bar) -> Output:
             labels=label_access(config) if access is not None else None,
             distill=config.distill,
             train=config.train,
-            threads=config.train.threads_per_worker or default_threads(config),
+            threads=threads.worker,
         )
 
     if config.teacher is None or not config.distils:
@@ -264,7 +266,7 @@ def _train(run: Run, bar: Bar) -> Output:
     with contextlib.ExitStack() as stack:
         if stored is None:
             bar.start(config.train.steps, "starting the teachers")
-            arguments = (run.teacher_model, run.tokenizer, run.outputs["prepare"], config)
+            arguments = (run.teacher_model, run.tokenizer, run.outputs["prepare"], config, threads.replica)
             access, reason = stack.enter_context(teacher_service(config.teacher, *arguments))
             if "write" in config.distill.labels:
                 introduce_teacher(over_common_columns(access, config, run.storage, run.store_prefix), config.label_root)

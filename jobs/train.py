@@ -14,8 +14,8 @@ from typing import Any
 from cluster.config import fingerprint
 from cluster.connection import Connection
 from cluster.errors import ConfigError, NonFiniteLoss, TokenizerMismatch, TrainingFailed
-from cluster.pools import actor_options, most, slot
-from cluster.resources import process_environment, threads_each
+from cluster.pools import actor_options, slot
+from cluster.resources import process_environment
 from cluster.storage import open_storage
 from jobs.config import RunConfig, TeacherConfig
 from jobs.progress import Bar, start_board
@@ -130,9 +130,12 @@ def _fit(plan: TrainPlan, connection: Connection, board: Any, local: str) -> dic
 
 @contextlib.contextmanager
 def teacher_service(
-    config: TeacherConfig, model: str, tokenizer: str, store: dict[str, Any], run: RunConfig
+    config: TeacherConfig, model: str, tokenizer: str, store: dict[str, Any], run: RunConfig, threads: int
 ) -> Iterator[tuple[TeacherAccess, str]]:
     """Teacher replicas for the length of the block, checked against the example store before any step.
+
+    Args:
+        threads: of each replica.
 
     Yields:
         How to reach them and what to ask for, and why that, as a line for people.
@@ -147,7 +150,7 @@ def teacher_service(
         dtype=config.dtype,
         replicas=config.replicas,
         max_replicas=config.max_replicas,
-        threads_per_replica=config.threads_per_replica or default_threads(run),
+        threads_per_replica=threads,
         num_gpus=config.num_gpus,
         max_batch_tokens=config.max_batch_tokens,
         **actor_options(run.cluster.active_pools, "teacher"),
@@ -180,12 +183,6 @@ def teacher_service(
         yield access, reason
     finally:
         stop_teacher(app_name)
-
-
-def default_threads(run: RunConfig) -> int:
-    """Threads of each worker and replica when both compute at the same time on one machine."""
-    replicas = run.teacher.replicas if run.teacher is not None and run.distils else 0
-    return threads_each(most(run.train.num_workers) + replicas)
 
 
 @contextlib.contextmanager

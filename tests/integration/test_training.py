@@ -63,7 +63,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def access(connection, base):
     config, teacher, manifest = base
-    with teacher_service(config.teacher, teacher, teacher, manifest, config) as (reached, _):
+    with teacher_service(config.teacher, teacher, teacher, manifest, config, 1) as (reached, _):
         yield reached
 
 

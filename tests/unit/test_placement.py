@@ -9,9 +9,11 @@ from cluster.placement import Demand, NodeShape, check_demands, growth
 from cluster.pools import PoolsConfig, actor_options
 from jobs.config import RunConfig
 from jobs.preflight import check_cluster, check_elastic, check_records, placed_together
+from jobs.threads import Threads
 
 TEACHERS = NodeShape({"CPU": 8, "GPU": 1, "teacher_slot": 1}, {"pool": "teacher"}, 3)
 STUDENTS = NodeShape({"CPU": 16, "student_slot": 2}, {}, 2)
+THREADS = Threads(worker=2, replica=3, teacher_worker=1)
 
 
 def teacher(count, **more):
@@ -84,12 +86,14 @@ def made(**changes):
 
 def test_run_asks_for_its_slots():
     pools = PoolsConfig(teacher_labels={"pool": "teacher"})
-    [students, teachers], [endpoint] = placed_together(made(), pools)
+    [students, teachers], [endpoint] = placed_together(made(), pools, THREADS)
     assert (students.count, students.resources) == (4, {"CPU": 2, "student_slot": 1})
     assert (teachers.count, teachers.resources) == (2, {"CPU": 3, "teacher_slot": 1})
     assert teachers.labels == {"pool": "teacher"}
     assert endpoint.resources == {"CPU": 1, "endpoint_slot": 1}
-    assert placed_together(made(), pools, answers=False) == [[students, teachers]], "training alone needs no endpoint"
+    assert placed_together(made(), pools, THREADS, answers=False) == [[students, teachers]], (
+        "training alone needs no endpoint"
+    )
 
 
 def test_pools_are_of_clusters_alone(monkeypatch):
@@ -125,7 +129,7 @@ def test_elastic_workers_need_pools_on_a_cluster():
     config = made(train=elastic, cluster={"address": "head:6379", "pools": {}})
     check_elastic(config)
     check_elastic(made())
-    [students, _], _ = placed_together(config, config.cluster.pools)
+    [students, _], _ = placed_together(config, config.cluster.pools, THREADS)
     assert students.count == 2, "the least must fit; more is for later"
 
 
