@@ -89,8 +89,10 @@ def check_cluster(config: RunConfig, connection: Connection, *, answers: bool = 
         return sum(node.resources.get(name, 0.0) * node.count for node in nodes)
 
     check_cpus(config, max(connection.num_cpus, has("CPU")), "the cluster", threads)
+    if connection.num_cpus > has("CPU"):  # it grows further than is known here, to nodes of any kind
+        return
     check_gpus(config, has("GPU"), "the cluster")
-    if connection.pools is not None and connection.num_cpus <= has("CPU"):  # else it grows further than is known here
+    if connection.pools is not None:
         for demands in placed_together(config, connection.pools, threads, answers=answers):
             check_demands(demands, nodes)
 

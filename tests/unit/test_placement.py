@@ -120,6 +120,18 @@ def test_cluster_without_slots_is_refused_before_anything_starts(monkeypatch):
     check_cluster(made(), Connection(False, 640, None, PoolsConfig()))  # cluster.num_cpus says that it grows
 
 
+def test_gpus_that_are_not_there_are_refused_unless_the_cluster_grows_further_than_is_known(monkeypatch):
+    """On Kubernetes nobody tells how far: node groups at zero are known by `cluster.num_cpus` alone."""
+    config = made(train={"steps": 10, "threads_per_worker": 2, "use_gpu": True})
+    monkeypatch.setattr("jobs.preflight.cluster_nodes", lambda: [NodeShape({"CPU": 16.0})])
+    for pools in (PoolsConfig(), None):
+        with pytest.raises(PlacementError, match=r"asked for 1 \(train\.use_gpu.* GPUs, the cluster has 0"):
+            check_cluster(config, Connection(False, 16, None, pools))
+        check_cluster(config, Connection(False, 136, None, pools))
+        with pytest.raises(PlacementError, match="CPUs, the cluster has 17"):
+            check_cluster(made(train={"steps": 10, "threads_per_worker": 12}), Connection(False, 17, None, pools))
+
+
 def test_elastic_workers_need_pools_on_a_cluster():
     elastic = {"steps": 10, "num_workers": [2, 6], "threads_per_worker": 1}
     with pytest.raises(ConfigError, match=r"num_workers=\[2, 6\].*cluster\.pools=\{\}"):
