@@ -7,7 +7,11 @@ import pytest
 import yaml
 
 from cluster.config import validate
+from cluster.connection import Connection
+from cluster.placement import NodeShape
 from jobs.config import RunConfig
+from jobs.preflight import check_cluster
+from jobs.threads import threads_on
 from services.endpoint.schema import EndpointArguments
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +141,35 @@ def test_job_runs_a_config_that_is_valid_in_the_file_that_is_mounted():
         gpus["teacher"] + gpus["student"]
         == loaded.teacher.replicas * loaded.teacher.num_gpus + loaded.train.num_workers
     )
+
+
+def shapes(spec, replicas):
+    """The nodes of a cluster with so many replicas of each group as one of its keys says, as Ray would tell of them."""
+    for number, group in enumerate(spec["workerGroupSpecs"]):
+        [container] = group["template"]["spec"]["containers"]
+        limits = container["resources"]["limits"]
+        resources = {name: float(amount) for name, amount in group.get("resources", {}).items()}
+        resources |= {"CPU": float(limits["cpu"]), "GPU": float(limits.get("nvidia.com/gpu", 0))}
+        yield from [
+            NodeShape(resources, group["labels"], host=f"10.0.{number}.{node}") for node in range(group[replicas])
+        ]
+
+
+@pytest.mark.parametrize("replicas", ["minReplicas", "replicas", "maxReplicas"])
+def test_job_is_not_refused_on_the_nodes_that_it_starts_with_nor_on_all(monkeypatch, replicas):
+    """The endpoint's place is on a node that comes once it is asked for."""
+    [config] = [item for name, item in OBJECTS if name == "job.yaml" and item["kind"] == "ConfigMap"]
+    loaded = validate(RunConfig, yaml.safe_load(config["data"]["run.yaml"]), "run.yaml")
+    [job] = of_kind("RayJob")
+    spec = job["spec"]["rayClusterSpec"]
+    of_all = sum(node.resources["CPU"] for node in shapes(spec, "maxReplicas"))
+    assert loaded.cluster.num_cpus == of_all
+    nodes = [NodeShape({"CPU": 0.0}, host="10.1.0.0"), *shapes(spec, replicas)]
+    there = sum(node.resources["CPU"] for node in nodes)
+    monkeypatch.setattr("jobs.preflight.cluster_nodes", lambda: nodes)
+    check_cluster(loaded, Connection(False, max(there, of_all), None, loaded.cluster.pools))
+    threads = threads_on(nodes, loaded.cluster.pools, loaded)
+    assert (threads.worker, threads.replica) == (24, 12), "all of a node, which has one place"
 
 
 def test_service_starts_an_application_that_is_there_with_arguments_that_it_takes():
