@@ -16,6 +16,8 @@ import torch
 
 from cluster.resources import process_environment
 
+pytest_plugins = ["tests.conformance.points"]
+
 os.environ.update({key: os.environ.get(key, value) for key, value in process_environment().items()})
 
 

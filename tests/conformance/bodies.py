@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from tests.conformance.points import CLIENTS
 from tests.conformance.server import Endpoint
 
-ALL = ("raw", "openai", "openai_async", "langchain")
+ALL = CLIENTS
 SDK = ("raw", "openai", "openai_async")
 
 
