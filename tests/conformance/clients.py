@@ -40,8 +40,8 @@ class Raw:
 
     name = "raw"
 
-    def __init__(self, url: str) -> None:
-        self.http = httpx.Client(base_url=url, timeout=60, trust_env=False, headers={"authorization": f"Bearer {KEY}"})
+    def __init__(self, url: str, key: str = KEY) -> None:
+        self.http = httpx.Client(base_url=url, timeout=60, trust_env=False, headers={"authorization": f"Bearer {key}"})
 
     def close(self) -> None:
         self.http.close()
@@ -92,9 +92,9 @@ class OpenAI:
 
     name = "openai"
 
-    def __init__(self, url: str, **options: Any) -> None:
+    def __init__(self, url: str, key: str = KEY, **options: Any) -> None:
         http = httpx.Client(trust_env=False)
-        self.api = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, http_client=http, **{"max_retries": 0, **options})
+        self.api = openai.OpenAI(base_url=f"{url}/v1", api_key=key, http_client=http, **{"max_retries": 0, **options})
 
     def close(self) -> None:
         self.api.close()
@@ -134,8 +134,8 @@ class AsyncOpenAI:
 
     name = "openai_async"
 
-    def __init__(self, url: str, **options: Any) -> None:
-        self._url, self._options = url, {"max_retries": 0, **options}
+    def __init__(self, url: str, key: str = KEY, **options: Any) -> None:
+        self._url, self._options = url, {"api_key": key, "max_retries": 0, **options}
 
     def close(self) -> None:
         pass
@@ -173,7 +173,7 @@ class AsyncOpenAI:
         async def asked() -> Any:
             http = httpx.AsyncClient(trust_env=False)
             options = {"http_client": http, **self._options}
-            async with openai.AsyncOpenAI(base_url=f"{self._url}/v1", api_key=KEY, **options) as api:
+            async with openai.AsyncOpenAI(base_url=f"{self._url}/v1", **options) as api:
                 found = method(api)(**_arguments(method(api), body))
                 if inspect.isawaitable(found) and not hasattr(found, "__aiter__"):
                     found = await found
@@ -189,8 +189,8 @@ class LangChain:
 
     name = "langchain"
 
-    def __init__(self, url: str, **options: Any) -> None:
-        self._options = {"base_url": f"{url}/v1", "api_key": KEY, "max_retries": 0, **options}
+    def __init__(self, url: str, key: str = KEY, **options: Any) -> None:
+        self._options = {"base_url": f"{url}/v1", "api_key": key, "max_retries": 0, **options}
 
     def close(self) -> None:
         pass

@@ -11,12 +11,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fastapi import FastAPI
-from starlette.responses import JSONResponse
 
 from cluster.api_keys import create_key, opened_keys
 from services.endpoint.api import build_api
-from services.endpoint.errors import ApiError
 from tests.conformance.bodies import ALL, SDK, chat, text
 from tests.conformance.clients import CLIENTS
 from tests.conformance.server import Endpoint, serving
@@ -26,21 +23,34 @@ each_client = pytest.mark.parametrize("client", ALL)
 each_sdk = pytest.mark.parametrize("client", SDK)
 
 
+KEYS: dict[str, dict[str, Any]] = {
+    "right": {},
+    "other": {"models": ("other",)},
+    "few": {"requests_per_minute": 1, "tokens_per_minute": 6000},
+    "short": {"requests_per_minute": 6000, "tokens_per_minute": 100},
+    "counted": {"tokens_per_minute": 600},
+}
+
+
 @dataclass
 class Locked:
     url: str
-    right: str
-    """The key."""
+    keys: dict[str, str]
+    """By the names above."""
+
+    @property
+    def right(self) -> str:
+        return self.keys["right"]
 
 
 @pytest.fixture
 def locked(tiny: Endpoint, tmp_path: Path) -> Iterator[Locked]:
-    """The same endpoint behind a key."""
+    """The same endpoint behind keys, of which nobody has used anything yet."""
     database = f"sqlite:///{tmp_path}/champions.db"
     with opened_keys(database) as engine:
-        _, right = create_key(engine, "test")
+        made = {name: create_key(engine, name, **fields)[1] for name, fields in KEYS.items()}
     with serving(build_api(tiny.arguments.replace(database=database), tiny.fixed)) as url:
-        yield Locked(url, right)
+        yield Locked(url, made)
 
 
 def ask(url: str, method: str = "GET", path: str = "/v1/models", **options: Any) -> httpx.Response:
@@ -77,6 +87,15 @@ def test_02_openai_client_shows_a_wrong_key_as_authentication_error(locked: Lock
         with pytest.raises(openai.AuthenticationError):
             api.models.list()
         assert api.with_options(api_key=locked.right).models.list().data[0].id == "tiny"
+
+
+@each_client
+def test_02_key_without_right_on_the_model_is_403(client: str, tiny: Endpoint, locked: Locked, connect: Any) -> None:
+    api = connect(client, locked, key=locked.keys["other"])
+    found = api.failure(lambda: api.chat(**chat(tiny)))
+    assert (found.status, found.error["code"], found.error["param"]) == (403, "model_not_allowed", "model")
+    assert found.kind in ("", "PermissionDeniedError")
+    assert connect(client, locked, key=locked.right).chat(**chat(tiny))["choices"]
 
 
 @each_client
@@ -218,24 +237,30 @@ def full(tiny: Endpoint) -> Iterator[None]:
 
 
 @each_client
-def test_12_rate_limits_reach_the_client_as_429(client: str, tiny: Endpoint, connect: Any) -> None:
-    """How clients read a limit in our envelope; which limits there are is not decided here."""
-    headers = {"retry-after": "2", "x-ratelimit-limit-requests": "3", "x-ratelimit-remaining-requests": "0"}
-    refused = ApiError(429, "Too many", code="rate_limit_exceeded", headers=headers)
-    app = FastAPI()
+def test_12_rate_limits_reach_the_client_as_429(client: str, tiny: Endpoint, locked: Locked, connect: Any) -> None:
+    for name, what in (("few", "requests"), ("short", "tokens")):
+        api = connect(client, locked, key=locked.keys[name])
+        assert api.chat(**chat(tiny))["choices"]
+        found = api.failure(lambda api=api: [api.chat(**chat(tiny)) for _ in range(20)])
+        assert (found.status, found.error["code"], found.error["type"]) == (429, "rate_limit_exceeded", what)
+        assert found.kind in ("", "RateLimitError")
+        assert 1 <= int(found.headers["retry-after"]) <= 60
+        for kind in ("requests", "tokens"):
+            limit, left, reset = (found.headers[f"x-ratelimit-{of}-{kind}"] for of in ("limit", "remaining", "reset"))
+            assert int(limit) == KEYS[name][f"{kind}_per_minute"]
+            assert 0 <= int(left) <= int(limit)
+            assert reset.endswith("s")
 
-    @app.post("/v1/chat/completions")
-    async def limited() -> JSONResponse:
-        return JSONResponse(refused.envelope(), refused.status, refused.headers)
 
-    with serving(app) as url:
-        api = CLIENTS[client](url)
-        found = api.failure(lambda: api.chat(**chat(tiny)))
-        api.close()
+@each_client
+def test_12_what_no_minute_holds_is_not_to_be_tried_again(
+    client: str, tiny: Endpoint, locked: Locked, connect: Any
+) -> None:
+    api = connect(client, locked, key=locked.keys["short"])
+    found = api.failure(lambda: api.chat(**chat(tiny, n=8)))
     assert (found.status, found.error["code"]) == (429, "rate_limit_exceeded")
-    assert found.kind in ("", "RateLimitError")
-    assert found.headers["retry-after"] == "2"
-    assert headers.items() <= found.headers.items()
+    assert found.headers["x-should-retry"] == "false"
+    assert "retry-after" not in found.headers
 
 
 @each_client
@@ -297,9 +322,42 @@ def test_15_messages_name_no_insides(tiny: Endpoint, breaking: Endpoint) -> None
             assert word not in message
 
 
-def test_16_rejections_cost_nothing(tiny: Endpoint, full: None) -> None:
-    before = tiny.num_admitted
-    for answer in error_answers(tiny).values():
-        assert "usage" not in answer.json()
-    assert "usage" not in ask(tiny.url, "POST", "/v1/completions", json=text(tiny)).json()
-    assert tiny.num_admitted == before
+def test_16_rejections_cost_nothing(tiny: Endpoint, locked: Locked) -> None:
+    most = KEYS["counted"]["tokens_per_minute"]
+    as_counted = {"authorization": f"Bearer {locked.keys['counted']}"}
+
+    def post(body: Any, path: str = "/v1/completions") -> httpx.Response:
+        return ask(
+            locked.url,
+            "POST",
+            path,
+            content=body if isinstance(body, bytes) else json.dumps(body).encode(),
+            headers={"content-type": "application/json", **as_counted},
+        )
+
+    def left() -> int:
+        """Tokens of this minute; what asks has no cost itself."""
+        return int(post(b"", "/nothing").headers["x-ratelimit-remaining-tokens"])
+
+    rejected: list[tuple[int, Any]] = [
+        (400, b"{"),
+        (400, text(tiny, n="1")),
+        (400, text(tiny, prompt="x " * 400)),
+        (404, text(tiny, model="other")),
+        (413, text(tiny, prompt="x" * 70_000)),
+        (429, text(tiny, prompt="x" * 3_000)),
+    ]
+    for status, body in [*rejected, *((status, {**body, "stream": True}) for status, body in rejected[1:])]:
+        assert left() == most
+        refused = post(body)
+        assert refused.status_code == status
+        assert "usage" not in refused.json()
+        assert left() == most, (status, body)
+    tiny.set_full(True)
+    try:
+        assert post(text(tiny)).status_code == 503
+    finally:
+        tiny.set_full(False)
+    assert left() == most
+    used = post(text(tiny)).json()["usage"]["total_tokens"]
+    assert most - used <= left() < most
