@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.connection import Connection
+from cluster.errors import PlacementError
+from jobs.config import RunConfig
+from jobs.preflight import check_cluster
+
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "cluster" / "aws.yaml"
 OUTPUTS = {
@@ -99,6 +104,42 @@ def test_cluster_has_no_spot_no_public_address_and_the_second_metadata_service(f
     assert kinds["head"]["resources"] == {"CPU": 0}
     assert kinds["teacher"]["resources"]["GPU"] >= 1
     assert kinds["student"]["resources"]["GPU"] >= 1
+
+
+def test_people_come_through_session_manager_of_the_clusters_region(filled):
+    command = filled["auth"]["ssh_proxy_command"].split()
+    assert command[:3] == ["aws", "ssm", "start-session"]
+    assert command[command.index("--region") + 1] == OUTPUTS["region"]
+    assert command[-1] == "portNumber=%p"
+
+
+def test_run_is_accepted_while_all_nodes_are_at_zero_if_they_may_grow_to_it(filled, tmp_path, monkeypatch):
+    """On the head, which knows from its own copy of the file what may be started."""
+    import copy
+
+    kinds = filled["available_node_types"]
+    assert [kind["min_workers"] for kind in kinds.values()] == [0] * len(kinds), "nothing is paid for between runs"
+    head = {"Resources": {"memory": 1.0}, "Labels": {}, "NodeManagerAddress": "10.42.0.1", "Alive": True}
+    monkeypatch.setattr("ray.nodes", lambda: [head])
+    monkeypatch.setattr("cluster.placement.BOOTSTRAP", tmp_path / "bootstrap.yaml")
+    (tmp_path / "bootstrap.yaml").write_text(yaml.safe_dump(filled))
+    config = RunConfig.model_validate(
+        {
+            "name": "small",
+            "data": {"sources": ["s3://bucket/corpus/"]},
+            "teacher": {"model": "s3://bucket/teacher", "num_gpus": 1, "replicas": 16},
+            "student": {"from_teacher": {"layers": [0]}},
+            "train": {"steps": 10, "global_batch": 64, "num_workers": 32, "use_gpu": True},
+            "cluster": {"pools": {}},
+        }
+    )
+    there = Connection(False, 0, None, config.cluster.pools)
+    check_cluster(config, there)
+    fewer = copy.deepcopy(filled)
+    fewer["available_node_types"]["student"]["max_workers"] = 3
+    (tmp_path / "bootstrap.yaml").write_text(yaml.safe_dump(fewer))
+    with pytest.raises(PlacementError, match="the cluster has 896"):
+        check_cluster(config, there)
 
 
 def test_cluster_dashboard_is_private_and_every_process_knows_the_token(filled):
