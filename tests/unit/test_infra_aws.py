@@ -142,6 +142,23 @@ def test_run_is_accepted_while_all_nodes_are_at_zero_if_they_may_grow_to_it(fill
         check_cluster(config, there)
 
 
+def test_spot_nodes_are_a_comment_that_ray_takes_and_every_worker_listens_for_its_end(filled):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    text = TEMPLATE.read_text()
+    [block] = re.findall(r"(?m)^  # teacher_spot:\n(?:  #  .*\n)+", text)
+    plain = text.replace(block, re.sub(r"(?m)^  # ", "  ", block))
+    kind = yaml.safe_load(plain)["available_node_types"]["teacher_spot"]
+    assert kind["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert kind["node_config"]["IamInstanceProfile"] == {"Arn": "FILL:worker_profile_arn"}
+    assert kind["labels"]["market"] == "spot"
+    validate_config(prepare_config(yaml.safe_load(plain)))
+    starts = filled["worker_start_ray_commands"]
+    assert "ray start" in starts[-2]
+    assert starts[-1] == ". ~/raystill/environment && bash ~/raystill/watch_spot.sh"
+    assert "/home/ec2-user/raystill/watch_spot.sh" in filled["file_mounts"]
+
+
 def test_cluster_dashboard_is_private_and_every_process_knows_the_token(filled):
     head = " ".join(filled["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in head
@@ -269,6 +286,31 @@ def test_node_is_set_up_and_again_without_a_change(machine):
     ]
     assert "p4ss" not in (here / "environment").read_text() + done.stdout
     assert (home / ".pgpass").read_text() == "db.internal:5432:mlflow:raystill:p4ss\n"
+
+
+def test_spot_watcher_is_a_unit_that_outlives_its_connection_and_watches_for_one_ray(machine):
+    """systemd is a stand-in that runs the unit at once."""
+    import shutil
+
+    home, programs, environment = machine
+    (home / "raystill").mkdir()
+    script = shutil.copy(ROOT / "infra/aws/watch_spot.sh", home / "raystill" / "watch_spot.sh")
+    (home / "raystill" / "environment").write_text("export RAY_AUTH_MODE=token\n")
+    program(programs, "sudo", 'exec "$@"')
+    program(programs, "systemctl", 'echo "systemctl $*" >>$HOME/asked; exit 5')
+    program(
+        programs,
+        "systemd-run",
+        'echo "systemd-run $*" >>$HOME/asked; while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
+    )
+    program(programs, "raystill", 'echo "raystill $* $RAY_AUTH_MODE" >>$HOME/asked')
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    stopped, started, watches = (home / "asked").read_text().splitlines()
+    assert stopped == "systemctl stop raystill-watch-spot", "the one before knows a node that is gone"
+    assert "--unit=raystill-watch-spot" in started
+    assert "--property=Restart=on-failure" in started
+    assert watches == "raystill watch-spot token"
 
 
 def test_local_secrets_are_made_once_and_hidden(tmp_path):

@@ -160,6 +160,7 @@ def test_head_starts_and_ends_only_machines_of_its_cluster():
         assert action in statement["actions"]
         assert any("ray-cluster-name" in condition["variable"] for condition in statement["condition"])
     assert any("MetadataHttpTokens" in condition["variable"] for condition in of_scale["StartTagged"]["condition"])
+    assert "spot-instances-request/*" in text_of(of_scale["StartWith"]["resources"]), "what a spot machine is asked by"
     assert of_scale["HandOnWorkerRole"]["resources"] == ["${aws_iam_role.worker.arn}"]
     [(_, worker)] = [item for item in resources("aws_iam_role_policy_attachment") if item[0].endswith("worker_data")]
     of_worker = [body for name, body in resources("aws_iam_role_policy_attachment") if "worker" in name]

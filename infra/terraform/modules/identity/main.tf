@@ -101,6 +101,7 @@ data "aws_iam_policy_document" "scale" {
         "${local.own}:network-interface/*",
         "${local.own}:volume/*",
         "${local.own}:key-pair/*",
+        "${local.own}:spot-instances-request/*",
         "${local.ec2}::image/*",
       ],
     )
