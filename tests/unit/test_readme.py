@@ -54,6 +54,12 @@ def test_readme_raystill_command_parses(line):
         load(RunConfig, ROOT / arguments[0], [override for override in arguments[1:] if command != "revoke"])
 
 
+def test_readme_runs_on_clusters_are_submitted_by_raystill():
+    """Under an id of their own, once for two who ask, and with the checks of paths and storage."""
+    assert len([line for page in PAGES for line in code_lines(page) if "raystill submit" in line]) >= 3
+    assert not [line for page in PAGES for line in code_lines(page) if "ray job submit" in line]
+
+
 @pytest.mark.parametrize("line", commands("make "))
 def test_readme_make_target_exists(line):
     targets = re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
