@@ -137,6 +137,20 @@ def test_alerts_that_are_tested_exist():
     assert asked <= {name for name, _ in alerts()}
 
 
+def test_alerts_expect_nothing_of_a_gauge_that_goes_with_its_replica():
+    """Serve sets it to 0 once, and Ray forgets it: 0 holds for no `for`, neither in an alert nor in a test's series."""
+    gauge = "ray_serve_deployment_replica_healthy"
+    asking = {name: expression for name, expression in alerts() if gauge in expression}
+    assert asking
+    for name, expression in asking.items():
+        assert not re.search(rf"{gauge}\S*( by \S+)?\)* *(== 0|< 1)", expression), name
+        assert "ray_serve_deployment_status" in expression, f"{name}: nothing is left to tell who is missing"
+    tests = yaml.safe_load((ROOT / "infra/monitoring/alerts_test.yaml").read_text())["tests"]
+    series = [item for test in tests for item in test["input_series"] if item["series"].startswith(gauge)]
+    assert any(" 0 " in item["values"] for item in series)
+    assert all(re.search(r"(^| )0 stale$", item["values"]) for item in series if re.search(r"\b0\b", item["values"]))
+
+
 def test_prometheus_scrapes_the_port_that_the_stack_exports():
     scrape = yaml.safe_load((ROOT / "infra/monitoring/prometheus.yml").read_text())
     [job] = scrape["scrape_configs"]
