@@ -136,14 +136,44 @@ def _agent_ports() -> dict[str, int]:
 
 
 def _added(cluster: Any, **arguments: Any) -> Any:
-    """A node that is there."""
+    """A node that is there; of one that was not there in time nothing is left, or it would come late and unknown."""
     for left in reversed(range(_TRIES)):
-        try:
-            return cluster.add_node(**_agent_ports(), **arguments)
-        except Exception:  # Ray raises that very class
-            if not left:
-                raise
+        with _begun() as nodes:
+            try:
+                return cluster.add_node(**_agent_ports(), **arguments)
+            except Exception:  # Ray raises that very class
+                for node in nodes:
+                    _end(cluster, node)
+                if not left:
+                    raise
     raise AssertionError("not reached")
+
+
+@contextlib.contextmanager
+def _begun() -> Iterator[list[Any]]:
+    """Ray's nodes that are made in the block, also those whose making fails half way: their processes run."""
+    from ray._private.node import Node
+
+    made: list[Any] = []
+    start = Node.__init__
+
+    def remembered(node: Any, *arguments: Any, **options: Any) -> None:
+        made.append(node)
+        start(node, *arguments, **options)
+
+    Node.__init__ = remembered
+    try:
+        yield made
+    finally:
+        Node.__init__ = start
+
+
+def _end(cluster: Any, node: Any) -> None:
+    with contextlib.suppress(Exception):  # of one that did not get far there is not everything to end
+        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+    cluster.worker_nodes.discard(node)
+    if cluster.head_node is node:
+        cluster.head_node = None
 
 
 def _answer(values: dict[str, Any]) -> None:
