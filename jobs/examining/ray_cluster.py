@@ -19,9 +19,13 @@ _TIMEOUT_S = 10.0
 
 
 def check_dashboard(address: str) -> Iterator[Check]:
-    """Reachability and authentication of a dashboard: who reaches an open one runs what he likes on the cluster."""
+    """Reachability and authentication of a dashboard: who reaches an open one runs what he likes on the cluster.
+
+    On loopback it may be the end of a tunnel: then it is the nodes' own addresses that say whether others reach them.
+    """
     url = check_dashboard_address(address)
     where, host = f"cluster {url}", urlparse(url).hostname or "localhost"
+    reached: list[str] = []
     try:
         status = _status_without_token(f"{url}/api/jobs/")
     except OSError as error:
@@ -30,14 +34,15 @@ def check_dashboard(address: str) -> Iterator[Check]:
         return
     if status in (401, 403):
         yield Check(where, "authentication", "ok", "asks for a token")
-    elif is_loopback(host):
+    elif is_loopback(host) and not (reached := [ip for ip in _node_addresses(url) if not is_loopback(ip)]):
         fix = "on a machine that others use start Ray with RAY_AUTH_MODE=token"
         yield Check(where, "authentication", "warning", f"asks nobody who they are (HTTP {status}), on loopback", fix)
     else:
         fix = (
             "start every node with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN_PATH, and bind the dashboard to 127.0.0.1"
         )
-        yield Check(where, "authentication", "failure", f"open to whoever reaches it (HTTP {status})", fix)
+        who = f"it, or its nodes at {', '.join(reached[:3])}" if is_loopback(host) else "it"
+        yield Check(where, "authentication", "failure", f"open to whoever reaches {who} (HTTP {status})", fix)
     if url.startswith("http://") and not is_loopback(host):
         fix = "go through an SSH tunnel or a TLS proxy"
         yield Check(where, "encryption", "warning", "the token travels over plain HTTP", fix)
@@ -108,12 +113,25 @@ def from_inside(report: str, address: str) -> dict[str, Any]:
     return dict(json.loads(lines[-1]))
 
 
-def _status_without_token(url: str) -> int:
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({} if is_loopback(urlparse(url).hostname or "localhost") else None)
-    )
+def _node_addresses(url: str) -> list[str]:
+    """Of the living nodes, as an open dashboard tells them to anybody; none if it does not."""
     try:
-        with opener.open(url, timeout=_TIMEOUT_S) as answer:
+        with _opener(url).open(f"{url}/api/v0/nodes", timeout=_TIMEOUT_S) as answer:
+            nodes = json.loads(answer.read())["data"]["result"]["result"]
+        return sorted({str(node["node_ip"]) for node in nodes if node["state"] == "ALIVE"})
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _status_without_token(url: str) -> int:
+    try:
+        with _opener(url).open(url, timeout=_TIMEOUT_S) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return int(error.code)
+
+
+def _opener(url: str) -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(
+        urllib.request.ProxyHandler({} if is_loopback(urlparse(url).hostname or "localhost") else None)
+    )

@@ -38,16 +38,18 @@ def made(tmp_path, **changes):
 
 @pytest.fixture
 def server():
-    """An HTTP server that answers with what the test says: status, headers."""
-    answer = {"status": 200, "headers": {}}
+    """An HTTP server that answers with what the test says: status, headers, texts by path."""
+    answer = {"status": 200, "headers": {}, "texts": {}}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response_only(answer["status"])
             for name, value in answer["headers"].items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", "0")
+            text = answer["texts"].get(self.path, "").encode()
+            self.send_header("Content-Length", str(len(text)))
             self.end_headers()
+            self.wfile.write(text)
 
         do_HEAD = do_GET
 
@@ -172,6 +174,26 @@ def test_dashboard_open_or_closed(server, monkeypatch):
     answer["status"] = 200
     assert statuses(check_dashboard(url))["authentication"] == "failure"
     assert statuses(check_dashboard(f"http://127.0.0.1:{free_port()}")) == {"dashboard": "failure"}
+
+
+@pytest.mark.parametrize(
+    ("addresses", "status"),
+    [
+        ([("127.0.0.1", "ALIVE")], "warning"),
+        ([("127.0.0.1", "ALIVE"), ("10.0.0.7", "DEAD")], "warning"),
+        ([("127.0.0.1", "ALIVE"), ("10.0.0.7", "ALIVE")], "failure"),
+        ([("fd00::7", "ALIVE")], "failure"),
+    ],
+)
+def test_dashboard_at_the_end_of_a_tunnel_is_judged_by_the_addresses_of_its_nodes(server, addresses, status):
+    url, answer = server
+    nodes = [{"node_ip": ip, "state": state} for ip, state in addresses]
+    answer["texts"]["/api/v0/nodes"] = json.dumps({"result": True, "data": {"result": {"result": nodes}}})
+    [check] = check_dashboard(url)
+    assert (check.what, check.status) == ("authentication", status)
+    assert (status == "failure") == (addresses[-1][0] in check.found)
+    answer["status"] = 401
+    assert statuses(check_dashboard(url)) == {"authentication": "ok"}
 
 
 def test_report_from_inside_is_the_line_of_json():
