@@ -35,6 +35,7 @@ def add_encoder_commands(app: typer.Typer, guard: Guard) -> None:
 
         def work() -> None:
             from rich.console import Console
+            from transformers.utils.logging import disable_progress_bar
 
             from cluster.resources import physical_cores
             from jobs.progress import ConsoleProgress
@@ -44,6 +45,7 @@ def add_encoder_commands(app: typer.Typer, guard: Guard) -> None:
 
             schemes: list[str] = [*(scheme or SCHEMES)]
             texts, labels = read_rows(rows, text_column, label_column, max_rows)
+            disable_progress_bar()  # of loading and saving a model, beside our own
             with ConsoleProgress() as progress:
                 bar = progress.stage("quantize")
 

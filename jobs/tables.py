@@ -174,12 +174,12 @@ def encoders_table(measured: dict[str, dict[str, float]], into: Path) -> Table:
     title = f"{into}: artefacts" + (f", {rows:,} rows with labels, 95 % intervals" if rows else "")
     table = Table(title=escape(title), title_justify="left")
     table.add_column("model", no_wrap=True)
-    for column in ("on disk", "of float", "ms/batch", *(("accuracy", "macro-F1") if rows else ())):
+    for column in ("on disk", "of\nfloat", "ms per\nbatch", *(("accuracy", "macro-F1") if rows else ())):
         table.add_column(column, justify="right", no_wrap=True)
     for name, figures in measured.items():
         share = f"{figures['bytes'] / measured['float']['bytes']:.3f}"
         quality = [
-            f"{figures[key]:.4f} [dim]{figures[f'{key}_low']:.3f}–{figures[f'{key}_high']:.3f}[/]"
+            f"{figures[key]:.4f}\n[dim]{figures[f'{key}_low']:.3f}–{figures[f'{key}_high']:.3f}[/]"
             for key in (("accuracy", "macro_f1") if rows else ())
         ]
         table.add_row(escape(name), size(figures["bytes"]), share, f"{1000 * figures['batch_s']:.1f}", *quality)
