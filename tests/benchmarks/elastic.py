@@ -41,7 +41,7 @@ NOTICE_S = 30
 BATCH = 8
 DEEP = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 32}
 """The teacher, of which the student is the first layer."""
-SETTLED = 100
+SETTLED = 60
 """Steps between two faults."""
 REPORTED_S = 3.0
 """So long after a worker's death its last steps may still be written down."""
@@ -323,7 +323,7 @@ def plain(watched: Watched, directory: Path, fault: str) -> dict[str, Any]:
 def main() -> None:
     options = arguments(__doc__ or "")
     namespaces.enter("tests.benchmarks.elastic", needed=False)
-    steps = 2000 if options.quick else 10_000
+    steps = 1000 if options.quick else 5000
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
     os.environ.update(variables)
     rows, result = [], {}
