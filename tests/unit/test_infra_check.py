@@ -61,6 +61,7 @@ def test_what_was_applied_is_planned_again_and_must_not_change(action, address, 
     terraform.write_text(
         f"""#!/bin/sh
 echo "$2 $4" >>{asked}
+echo "Warning: a file of settings is missing" >&2
 case "$2 $4" in
 "show again.tfplan") echo '{json.dumps(again)}' ;;
 show*) echo '{json.dumps(resources)}' ;;
