@@ -380,7 +380,9 @@ def test_s3_download_to_a_full_disk_is_one_line(storage, tmp_path):
 
 
 def test_s3_object_server_stopped_for_a_while_is_waited_for(storage, aws):
-    patient = S3Storage(storage.bucket, storage.prefix, dataclasses.replace(QUICK, patience_s=60))
+    # the SDK itself waits a second for leave to send: a window of as long ends attempts that only wait for that
+    waiting = dataclasses.replace(QUICK, patience_s=60, window_s=3, slow_attempts=5)
+    patient = S3Storage(storage.bucket, storage.prefix, waiting)
     patient.write("k", b"1")
     stopped = aws.processes["object"].pid
     os.kill(stopped, signal.SIGSTOP)
