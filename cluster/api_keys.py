@@ -6,12 +6,14 @@ key is all that is kept, and costs a microsecond a request; the key itself is sh
 the row, so that a check compares one hash, in constant time.
 
 A revoked key keeps its row. Once a database has a key, the endpoints on it ask for one, also when all are revoked.
+The one key that is not ours, for the endpoint of a teacher elsewhere, is in the environment (`teacher_key`).
 """
 
 import hashlib
 import hmac
 import ipaddress
 import json
+import os
 import re
 import secrets
 import time
@@ -241,6 +243,11 @@ def has_keys(url: str) -> bool:
         return False
     with opened_keys(url) as engine:
         return keys_state(engine)[0] > 0
+
+
+def teacher_key() -> str | None:
+    """The key that the teacher's endpoint (`serve.teacher_url`) asks for: `RAYSTILL_TEACHER_KEY` of this process."""
+    return os.environ.get("RAYSTILL_TEACHER_KEY", "").strip() or None
 
 
 def is_loopback(host: str) -> bool:

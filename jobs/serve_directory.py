@@ -82,6 +82,8 @@ def serve_directory(arguments: DirectoryArguments, found: ModelDirectory, say: C
         path, body = _TRIES[found.kind]
         text = shlex.quote(json.dumps({"model": arguments.model_name, **body}))
         say(f"  curl -s {url}{path} -H 'Content-Type: application/json' -d {text}")
+        if found.kind == "language_model":
+            say(f"Beside a student, on its page: raystill serve CONFIG serve.teacher_url={url}")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         stop.wait()

@@ -25,6 +25,7 @@ from services.endpoint.metrics import RouterMetrics
 from services.endpoint.router import Router, put_router_into
 from services.endpoint.schema import EndpointArguments
 from services.endpoint.supervisor import Supervisor
+from services.endpoint.teacher import Teacher
 from services.endpoint.traffic import Route, RoutingTable
 from services.endpoint.versions import DEPLOYMENT, RemoteVersion, VersionApplications
 
@@ -79,7 +80,8 @@ class Endpoint:
             versions[route.app] = RemoteVersion(route)
 
         metrics = RouterMetrics(self._arguments.model_name)
-        self._router = Router(self._arguments, reach, metrics)
+        teacher = Teacher(self._arguments) if self._arguments.teacher_url is not None else None
+        self._router = Router(self._arguments, reach, metrics, teacher)
         self._exchange = Exchange(self._router, ask, warm, self._arguments.poll_s)
         self._exchange.start()
 

@@ -7,6 +7,7 @@ from ray.serve import metrics
 
 from cluster.gauges import LastingGauge
 from services.endpoint.canary import Observation
+from services.endpoint.traffic import TEACHER
 
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 _TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
@@ -19,7 +20,7 @@ class RouterMetrics:
         self._model_name = model_name
         self._requests = metrics.Counter(
             "raystill_endpoint_requests",
-            description="Answers, by version, status, and traffic: user or shadow.",
+            description="Answers, by version, status, and traffic: user, shadow, or teacher.",
             tag_keys=("model", "version", "status", "traffic"),
         )
         keys = ("model", "version")
@@ -54,9 +55,9 @@ class RouterMetrics:
     def answered(self, version: str, status: str, seen: Observation) -> None:
         """Counts an answer; `status` is the HTTP status, or `broken` for a stream that ended early."""
         tags = self._tags(version)
-        traffic = "shadow" if seen.shadow else "user"
+        traffic = "shadow" if seen.shadow else TEACHER if version == TEACHER else "user"
         self._requests.inc(1, tags={**tags, "status": status, "traffic": traffic})
-        if seen.shadow:
+        if traffic != "user":  # alerts ask how users fare
             return
         for kind, count in (("prompt", seen.prompt_tokens), ("completion", seen.completion_tokens)):
             if count:

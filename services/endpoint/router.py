@@ -5,6 +5,7 @@ model (health, the list of models, the page) never comes to it. A request that t
 waiting before a first text was sent is answered by the champion instead, and counted against the challenger (a refusal
 if the champion did answer; having no room is no fault); one whose replica died before that is asked once more. After
 the first text the answer belongs to the version that began it: if that breaks off, the stream ends with an error event.
+One that names the teacher goes there and nowhere else (`teacher.py`).
 """
 
 import asyncio
@@ -35,7 +36,9 @@ from services.endpoint.following import Served
 from services.endpoint.metrics import RouterMetrics
 from services.endpoint.outline import outline
 from services.endpoint.schema import EndpointArguments
-from services.endpoint.traffic import Route, RoutingTable, addressed, is_shadowed, pick, subject_of
+from services.endpoint.teacher import ROUTE as TEACHER_ROUTE
+from services.endpoint.teacher import Teacher
+from services.endpoint.traffic import TEACHER, Route, RoutingTable, addressed, is_shadowed, pick, subject_of
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +89,13 @@ class Router:
         reach: how to ask the version of a route.
     """
 
-    def __init__(self, arguments: EndpointArguments, reach: Callable[[Route], Asked], metrics: RouterMetrics) -> None:
+    def __init__(
+        self,
+        arguments: EndpointArguments,
+        reach: Callable[[Route], Asked],
+        metrics: RouterMetrics,
+        teacher: Teacher | None = None,
+    ) -> None:
         self.name = uuid.uuid4().hex
         self.table = RoutingTable()
         self.traffic: dict[str, Any] = {"model": arguments.model_name, "canary": None, "versions": []}
@@ -95,7 +104,7 @@ class Router:
         """Requests by application."""
         self.urgent = threading.Event()
         """Set when something was seen that the supervisor should know at once."""
-        self._arguments, self._reach, self._metrics = arguments, reach, metrics
+        self._arguments, self._reach, self._metrics, self._teacher = arguments, reach, metrics, teacher
         self._seen: deque[Observation] = deque(maxlen=_KEPT_OBSERVATIONS)
         self._champion_took_s: deque[float] = deque(maxlen=256)
         self._comparisons: set[asyncio.Task[None]] = set()
@@ -146,6 +155,11 @@ class Router:
         asked = outline(scope["path"], body)
         account = account_of(request)
         account.admit(self._arguments.model_name, len(body), asked.longest_answer(self._arguments))
+        if self._teacher is not None and asked.model == f"{self._arguments.model_name}@{TEACHER}":
+            # An empty table: what the teacher does is held against no version.
+            if not await _Attempt(self, RoutingTable(), TEACHER_ROUTE, account).run(request, body, send):
+                raise unavailable("The teacher broke off its answer", "teacher_unavailable", retry_after_s=5)
+            return
         table = self.table
         if table.stalled:
             raise _no_replica()
@@ -169,7 +183,14 @@ class Router:
             self._shadow(table, request_id, scope["path"], body)
 
     def version(self, route: Route) -> Asked:
-        return self._reach(route)
+        return self._teacher if self._teacher is not None and route is TEACHER_ROUTE else self._reach(route)
+
+    async def said(self) -> dict[str, Any]:
+        """What the supervisor said last of the traffic; among the versions the teacher, if there is one to ask."""
+        figures = self.traffic.get("teacher") or {}
+        teacher = [{**await self._teacher.row(), **figures}] if self._teacher is not None else []
+        rest = {key: value for key, value in self.traffic.items() if key != "teacher"}
+        return {**rest, "versions": [*self.traffic["versions"], *teacher]}
 
     def patience_s(self) -> float:
         """How long a challenger may take to begin an answer."""
@@ -406,6 +427,6 @@ def put_router_into(api: FastAPI, router: Router) -> FastAPI:
 
     @api.get("/v1/raystill/traffic")
     async def traffic() -> Response:
-        return JSONResponse(router.traffic)
+        return JSONResponse(await router.said())
 
     return api

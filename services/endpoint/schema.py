@@ -6,6 +6,7 @@ not supported are refused unless they have their neutral value; keys nobody know
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -49,6 +50,27 @@ class EndpointConfig(Config):
     """Prompts and longest answers of all requests that run or wait; above it the next one is answered 503."""
     max_body_bytes: int = execution(1 << 20, ge=1024)
     """Larger request bodies are answered 413."""
+    teacher_url: str | None = execution(None)
+    """Base URL of an OpenAI-style endpoint with the teacher, such as `raystill serve --model DIR` prints: the page asks
+    it beside the versions. A key for it is in RAYSTILL_TEACHER_KEY, never here."""
+    teacher_name: str | None = execution(None, min_length=1)
+    """What the teacher is called there; default: the one model that it lists."""
+
+    @field_validator("teacher_url")
+    @classmethod
+    def _is_a_base_url(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+            found = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            found = False
+        if not found:
+            raise ValueError("expected a base URL such as http://127.0.0.1:8001")
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError("a base URL has no user, password, query or fragment; a key goes in RAYSTILL_TEACHER_KEY")
+        return url.rstrip("/").removesuffix("/v1")
 
 
 class ServedArguments(EndpointConfig):
@@ -114,6 +136,12 @@ class DirectoryArguments(ServedArguments):
 
     directory: str = Field(min_length=1)
     """A model directory that every replica reaches, in any form that `cluster.pretrained.locate` takes."""
+
+    @model_validator(mode="after")
+    def _has_no_teacher(self) -> Self:
+        if self.teacher_url is not None:
+            raise ValueError("teacher_url is asked beside a champion, and a plain directory has none: drop it")
+        return self
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

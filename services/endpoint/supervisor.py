@@ -25,7 +25,7 @@ from cluster.errors import CorruptArtifact, ModelError
 from services.endpoint.canary import Decision, Evidence, Observation, judge
 from services.endpoint.following import ChampionFollower, why_refused
 from services.endpoint.schema import CanaryConfig, EndpointArguments
-from services.endpoint.traffic import Reign, Route, RoutingTable
+from services.endpoint.traffic import TEACHER, Reign, Route, RoutingTable
 
 logger = logging.getLogger(__name__)
 
@@ -392,12 +392,11 @@ class Supervisor:
             if route is None:
                 continue
             share = table.share if alias == "challenger" else 1.0 - table.share
-            known = self._seen.setdefault(route.manifest_sha256, _Seen())
-            while known.recent and now - known.recent[0][0] > _RECENT_S:
-                known.recent.popleft()
             rows.append({"version": route.version, "alias": alias, "share": share, "scheme": route.scheme})
-            rows[-1] |= {"queue": self._queues.get(route.app, 0), **_figures(known, now)}
-        return {"model": self._arguments.model_name, "canary": self._canary_state(now), "versions": rows}
+            figures = _figures(self._seen.setdefault(route.manifest_sha256, _Seen()), now)
+            rows[-1] |= {"queue": self._queues.get(route.app, 0), **figures}
+        said = {"model": self._arguments.model_name, "canary": self._canary_state(now), "versions": rows}
+        return {**said, "teacher": _figures(self._seen.setdefault(TEACHER, _Seen()), now)}
 
     def _canary_state(self, now: float) -> dict[str, Any] | None:
         trial = self._trial
@@ -426,6 +425,8 @@ def _same(one: Canary, other: Canary) -> bool:
 
 def _figures(known: _Seen, now: float) -> dict[str, Any]:
     """Requests and errors since the version is known here; times and tokens of the last minute."""
+    while known.recent and now - known.recent[0][0] > _RECENT_S:
+        known.recent.popleft()
     recent = [seen for _, seen in known.recent]
     first_s = sorted(seen.ttft_s for seen in recent if seen.ttft_s is not None)
     span_s = max(1.0, now - known.recent[0][0]) if known.recent else 1.0

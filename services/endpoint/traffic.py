@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from services.endpoint.errors import ApiError
 
+TEACHER = "teacher"
+"""Stands for the teacher, which is no version, where versions are told apart: by alias, number or digest."""
+
 
 @dataclass(frozen=True)
 class Route:

@@ -2,25 +2,30 @@
 
 import json
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from cluster.api_keys import create_key, opened_keys
-from services.endpoint import keys
+from services.endpoint import keys, teacher
 from services.endpoint.api import build_api
 from services.endpoint.client import ask
+from services.endpoint.fixed import FixedModel
 from services.endpoint.following import ChampionFollower, verified
+from services.endpoint.metrics import RouterMetrics
 from services.endpoint.model import Piece, ServedModel
-from services.endpoint.schema import EndpointArguments
-from tests.endpoint_models import crown_version, publish_version
+from services.endpoint.router import Router, put_router_into
+from services.endpoint.schema import DirectoryArguments, EndpointArguments
+from services.endpoint.teacher import Teacher
+from services.endpoint.traffic import Reign, Route, RoutingTable
+from services.endpoint.versions import Version
+from tests.endpoint_models import crown_version, publish_version, save_version
+from tests.local_http import served
 
 pytestmark = pytest.mark.integration
 
@@ -31,6 +36,7 @@ CHROMIUM = next(
 )
 
 MODEL = "tiny-student"
+PROMOTED_AT = "2026-01-02T03:04:05+00:00"
 EVIL = '<script>window.pwned = 1</script><img src=x onerror="window.pwned = 2"></pre><b>bold</b>'
 TRAFFIC = [
     {
@@ -70,16 +76,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     arguments = EndpointArguments(model_name=MODEL, database=database, max_new_tokens=64)
     follower = ChampionFollower(MODEL, database, verified(lambda directory: ServedModel(directory, 200, 64)))
     follower.poll()
-    server = uvicorn.Server(uvicorn.Config(build_api(arguments, follower), log_level="warning"))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=lambda: server.run([listening]))
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield Site(f"http://127.0.0.1:{listening.getsockname()[1]}", database, follower)
-        server.should_exit = True
-        thread.join(20)
+    with served(build_api(arguments, follower)) as url:
+        yield Site(url, database, follower)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +92,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def open_page(browser: Any, site: Site) -> Iterator[Callable[..., Any]]:
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     """Opens the page; at the end, that it asked nobody else and had no error in its script."""
     contexts, problems, hosts = [], [], set()
 
@@ -112,7 +110,7 @@ def open_page(browser: Any, site: Site) -> Iterator[Callable[..., Any]]:
     for context in contexts:
         context.close()
     assert problems == []
-    assert hosts <= {site.url.removeprefix("http://")}
+    assert len(hosts) <= 1
 
 
 def with_traffic(opened: Any, versions: list[dict[str, Any]], canary: dict[str, Any] | None = None) -> list[str]:
@@ -202,6 +200,60 @@ def test_page_asks_all_versions_side_by_side(site: Site, open_page: Callable[...
     assert "288" in rows[1]
     assert opened.locator("#charts svg").count() == 3
     assert opened.text_content("#canary:not([hidden])") == "Canary, version 8: it is starting"
+
+
+@contextmanager
+def champion_challenger_and(teacher_url: str, directory: Path) -> Iterator[tuple[str, Router]]:
+    """A router in front of two real versions, with a teacher to ask; its URL."""
+    database = f"sqlite:///{directory}/champions.db"
+    fields = {"max_context_tokens": 200, "max_new_tokens": 64, "threads_per_replica": 1, "teacher_url": teacher_url}
+    arguments = EndpointArguments(model_name=MODEL, database=database, **fields)
+    replicas, routes = {}, []
+    for number in ("7", "8"):
+        uri, digest = publish_version(directory / number, directory / "storage", number, seed=int(number))
+        artefact = {"model_name": MODEL, "epoch": 0, "version": number, "uri": uri, "manifest_sha256": digest}
+        route = Route(f"v{number}", number, digest, uri, "float", 200, 64)
+        replicas[route.app] = Version.func_or_class(arguments.model_dump(), {**artefact, "promoted_at": PROMOTED_AT})
+        routes.append(route)
+    router = Router(arguments, lambda route: replicas[route.app], RouterMetrics(MODEL), Teacher(arguments))
+    router.table = RoutingTable(1, routes[0], Reign(1, PROMOTED_AT), routes[1], (1, 0), share=0.1, problem=None)
+    router.traffic |= {"versions": TRAFFIC[:2], "teacher": {"requests": 3, "errors": 0, "ttft_p50_s": 0.09}}
+    with served(put_router_into(build_api(arguments, router, place="front"), router)) as url:
+        yield url, router
+
+
+def test_page_asks_the_teacher_beside_champion_and_challenger(
+    open_page: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "_FRESH_S", 0.2)
+    save_version(tmp_path / "teacher", seed=5)
+    fields = {"directory": str(tmp_path / "teacher"), "max_new_tokens": 64, "max_context_tokens": 400}
+    plain = DirectoryArguments(model_name="big-teacher", **fields)
+    with ExitStack() as up, champion_challenger_and("http://127.0.0.1:9", tmp_path) as (url, router):
+        opened = open_page()
+        opened.goto(url)
+        figures = opened.locator("article.teacher .figures")
+        expect(figures).to_have_text("not up: nothing answers at serve.teacher_url")
+        assert opened.text_content("article.teacher h3") == "teacher"
+        opened.click("#ask")
+        expect(opened.locator("#said")).to_have_text("all answers are there")
+        assert opened.text_content("article.teacher pre") == "", "it was not asked"
+        teacher_url = up.enter_context(served(build_api(plain, FixedModel(plain))))
+        router._teacher = Teacher(router._arguments.replace(teacher_url=teacher_url))
+        expect(figures).to_have_text("not asked yet")
+        assert opened.text_content("article.teacher h3") == "teacher: big-teacher"
+        assert opened.locator("#versions tr").all_text_contents()[2].startswith("big-teacherteacher––3090 ms")
+        for kind in ("chat", "text"):
+            opened.select_option("#kind", kind)
+            opened.click("#ask")
+            expect(opened.locator("#said")).to_have_text("all answers are there")
+            shown = opened.locator(".figures").all_text_contents()
+            assert all("tokens/s" in text and "first token after" in text for text in shown), shown
+        texts = opened.locator("article pre").all_text_contents()
+        prompt = opened.input_value("#prompt")
+        asked = [(url, f"{MODEL}@champion"), (url, f"{MODEL}@challenger"), (teacher_url, "big-teacher")]
+        assert texts == [prompt + ask(base, model, prompt, 64) for base, model in asked]
+        opened.screenshot(path=tmp_path / "three.png", full_page=True)
 
 
 def test_page_shows_markup_of_models_and_names_as_text(site: Site, open_page: Callable[..., Any]) -> None:

@@ -49,6 +49,8 @@ EXECUTION = {
     "serve.max_cached_tokens=999": "max_cached_tokens",
     "serve.max_admitted_tokens=9999": "max_admitted_tokens",
     "serve.max_body_bytes=9999": "max_body_bytes",
+    "serve.teacher_url=http://h": "teacher_url",
+    "serve.teacher_name=t": "teacher_name",
 }
 """What says where and how fast: nothing else may be left out of the identity."""
 

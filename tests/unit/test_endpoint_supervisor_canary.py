@@ -269,6 +269,11 @@ def test_traffic_says_shares_and_figures_of_each_version(endpoint: Endpoint, eng
     assert (first["version"], first["alias"], first["share"], first["scheme"]) == ("1", "champion", 0.9, "float")
     assert (second["version"], second["alias"], second["share"]) == ("2", "challenger", 0.1)
     assert (first["requests"], first["errors"], second["requests"], second["errors"]) == (11, 1, 4, 0)
+    endpoint.tell(Observation("teacher", True, 0.2, 0.001, 5, 7), Observation("teacher", False))
+    teacher = endpoint.traffic["teacher"]
+    assert (teacher["requests"], teacher["errors"], teacher["ttft_p50_s"]) == (2, 1, 0.2)
+    first, second = endpoint.traffic["versions"]
+    assert (first["errors"], second["errors"]) == (1, 0), "what the teacher does is held against no version"
     assert (first["ttft_p50_s"], first["ttft_p99_s"]) == (0.01, 0.01)
     assert second["tokens_per_s"] == pytest.approx(4 * 7 / 5)
     assert endpoint.traffic["canary"]["steps"] == [0.1, 0.5]
