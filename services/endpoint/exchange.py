@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from services.endpoint.canary import Observation
+from services.endpoint.metrics import BROKEN
 from services.endpoint.router import Router, first_line
 from services.endpoint.traffic import Route, RoutingTable
 
@@ -83,7 +84,7 @@ class Exchange:
         if now - self._unreachable_since.setdefault(route.app, now) < _UNREACHABLE_S:
             return
         logger.warning("Version %s cannot be reached: %s", route.version, first_line(error))
-        self._router.observe(table, route, "broken", Observation(route.manifest_sha256, False, trial=table.trial))
+        self._router.observe(table, route, BROKEN, Observation(route.manifest_sha256, False, trial=table.trial))
 
     def _run(self) -> None:
         failing = False

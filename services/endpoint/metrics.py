@@ -9,6 +9,9 @@ from cluster.gauges import LastingGauge
 from services.endpoint.canary import Observation
 from services.endpoint.traffic import TEACHER
 
+BROKEN, LEFT_BEFORE, LEFT_WITHIN = "broken", "499", "left"
+"""Beside the HTTP statuses: an answer that broke off, and one whose client left before or after it had begun."""
+
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 _TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 
@@ -53,7 +56,7 @@ class RouterMetrics:
         self._in_flight.set(requests, tags=self._tags(version))
 
     def answered(self, version: str, status: str, seen: Observation) -> None:
-        """Counts an answer; `status` is the HTTP status, or `broken` for a stream that ended early."""
+        """Counts an answer; `status` is the HTTP status, `BROKEN`, `LEFT_BEFORE` or `LEFT_WITHIN`."""
         tags = self._tags(version)
         traffic = "shadow" if seen.shadow else TEACHER if version == TEACHER else "user"
         self._requests.inc(1, tags={**tags, "status": status, "traffic": traffic})

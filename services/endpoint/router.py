@@ -33,7 +33,7 @@ from services.endpoint.engines.scheduler import Load
 from services.endpoint.envelope import BodyReader, account_of
 from services.endpoint.errors import ApiError, internal, unavailable
 from services.endpoint.following import Served
-from services.endpoint.metrics import RouterMetrics
+from services.endpoint.metrics import BROKEN, LEFT_BEFORE, LEFT_WITHIN, RouterMetrics
 from services.endpoint.outline import outline
 from services.endpoint.schema import EndpointArguments
 from services.endpoint.teacher import ROUTE as TEACHER_ROUTE
@@ -210,6 +210,9 @@ class Router:
         if not seen.ok and table.challenger == route:
             self.urgent.set()
 
+    def count_left(self, route: Route) -> None:
+        self._metrics.answered(route.version, LEFT_WITHIN, Observation(route.manifest_sha256, True))
+
     # --- shadow traffic ---
 
     def _shadow(self, table: RoutingTable, request_id: str, path: str, body: bytes) -> None:
@@ -303,18 +306,17 @@ class _Attempt:
                 status, headers, content, figures = await _first_of(parts, gone, self._is_hopeless)
             except (ClientDisconnect, asyncio.CancelledError):
                 self._account.use_reserved()  # what it did cost is known only when it ends by itself
-                if not self._begun:
-                    self._observe_departure()
+                self._observe_departure()
                 raise
             except Exception as error:  # the replica died, or raised what its interface did not catch
                 logger.warning("Version %s broke off an answer: %s", self._route.version, first_line(error))
-                self._observe("broken", None)
+                self._observe(BROKEN, None)
                 if self._begun:
                     await _end_with_error(send)
                 return self._begun
             failed = status >= 500 or (figures is not None and not figures["ok"])
             if failed and not self._begun and self._replaceable:
-                self._observe(str(status) if status >= 500 else "broken", None, ok=False)
+                self._observe(str(status) if status >= 500 else BROKEN, None, ok=False)
                 return False
             if not self._begun and self._replaceable and 400 <= status < 500:
                 self._refusal = status
@@ -326,7 +328,7 @@ class _Attempt:
             await send({"type": "http.response.body", "body": content, "more_body": figures is None})
             if figures is not None:
                 self.ok = not failed and status < 400
-                self._observe("broken" if failed and status < 500 else str(status), figures, ok=not failed)
+                self._observe(BROKEN if failed and status < 500 else str(status), figures, ok=not failed)
                 return True
 
     def _is_hopeless(self) -> bool:
@@ -337,10 +339,14 @@ class _Attempt:
         return table.stalled and table.champion == self._route
 
     def _observe_departure(self) -> None:
-        """The client left before an answer began: it would have taken at least so long."""
+        """The client left: before an answer began it would have taken at least so long, after that nothing is said of
+        the version."""
+        if self._begun:
+            self._router.count_left(self._route)
+            return
         waited_s = time.monotonic() - self._began_at
         seen = Observation(self._route.manifest_sha256, True, ttft_s=waited_s, trial=self._table.trial, departed=True)
-        self._router.observe(self._table, self._route, "499", seen)
+        self._router.observe(self._table, self._route, LEFT_BEFORE, seen)
 
     def _observe(self, status: str, figures: dict[str, Any] | None, ok: bool = False) -> None:
         """An answer of status 4xx is the client's mistake, and one of 503 lacks room: they are counted, and say nothing

@@ -1,0 +1,131 @@
+"""What Prometheus is told of every answer: by the router of several versions."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.endpoint import metrics
+from services.endpoint.api import build_api
+from services.endpoint.metrics import RouterMetrics
+from services.endpoint.router import Part, Router, put_router_into
+from services.endpoint.schema import EndpointArguments
+from services.endpoint.traffic import Reign, Route, RoutingTable
+
+MODEL = "tiny-student"
+TEXT = {"model": MODEL, "prompt": "the cat", "max_tokens": 24, "temperature": 0}
+
+
+class Exported:
+    """In place of `ray.serve.metrics`: what would be exported, by name and tags in their order."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, ...]] = Counter()
+        self.seen: dict[tuple[str, ...], list[float]] = {}
+
+    def made(self, name: str, description: str, tag_keys: tuple[str, ...], boundaries: Any = None) -> Any:
+        exported = self
+
+        class Metric:
+            def _key(self, tags: dict[str, str]) -> tuple[str, ...]:
+                assert set(tags) == set(tag_keys)
+                return name.removeprefix("raystill_endpoint_"), *(tags[key] for key in tag_keys)
+
+            def inc(self, value: float, tags: dict[str, str]) -> None:
+                exported.counts[self._key(tags)] += value
+
+            def observe(self, value: float, tags: dict[str, str]) -> None:
+                exported.seen.setdefault(self._key(tags), []).append(value)
+
+            set = observe
+
+        assert description
+        return Metric()
+
+    def requests(self) -> dict[tuple[str, str], float]:
+        """Of users, by version and status."""
+        return {key[2:4]: count for key, count in self.counts.items() if key[0] == "requests" and key[4] == "user"}
+
+
+@pytest.fixture
+def exported(monkeypatch: pytest.MonkeyPatch) -> Exported:
+    exported = Exported()
+    for kind in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(metrics.metrics, kind, exported.made)
+    return exported
+
+
+async def ask(app: Any, leave_after: int | None = None, **body: Any) -> list[Any]:
+    """The messages of an answer; the client leaves after so many, at the latest when nothing has come for a while."""
+    content = json.dumps({**TEXT, **body}).encode()
+    sent: list[Any] = []
+    left = asyncio.Event()
+    messages = iter([{"type": "http.request", "body": content, "more_body": False}])
+
+    async def receive() -> Any:
+        if (message := next(messages, None)) is not None:
+            return message
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == leave_after:
+            left.set()
+
+    if leave_after == 0:
+        asyncio.get_running_loop().call_later(0.2, left.set)
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"}
+    scope |= {"query_string": b"", "headers": [(b"content-type", b"application/json")], "client": ("127.0.0.1", 1)}
+    scope |= {"scheme": "http", "http_version": "1.1", "server": ("x", 1), "root_path": ""}
+    await asyncio.wait_for(app(scope, receive, send), 20)
+    return sent
+
+
+class Told:
+    """A version that answers as it is told."""
+
+    def __init__(self, how: str) -> None:
+        self._how = how
+
+    async def answer(self, *_: Any) -> AsyncGenerator[Part]:
+        if self._how == "hangs":
+            await asyncio.Event().wait()
+        yield 200, [], b"data: a\n\n", None
+        if self._how == "hangs in the middle":
+            await asyncio.Event().wait()
+        if self._how == "dies":
+            raise RuntimeError("the actor died")
+        figures = {"ok": True, "ttft_s": 0.1, "token_s": 0.01, "prompt_tokens": 5, "completion_tokens": 7}
+        yield 200, [], b"data: [DONE]\n\n", {**figures, "ok": self._how != "decoding raises"}
+
+
+def routed(how: str, directory: Path) -> Any:
+    arguments = EndpointArguments(model_name=MODEL, database=f"sqlite:///{directory}/champions.db")
+    router = Router(arguments, lambda _: Told(how), RouterMetrics(MODEL))  # type: ignore[arg-type,return-value]
+    champion = Route("v1", "1", "digest", "", "float", 200, 64)
+    router.table = RoutingTable(1, champion=champion, reign=Reign(1, "2026-01-02T03:04:05+00:00"), problem=None)
+    return put_router_into(build_api(arguments, router, place="front"), router)
+
+
+@pytest.mark.parametrize(
+    ("how", "leave_after", "status"),
+    [
+        ("answers", None, "200"),
+        ("dies", None, "broken"),
+        ("decoding raises", None, "broken"),
+        ("hangs", 0, "499"),
+        ("hangs in the middle", 2, "left"),
+    ],
+)
+def test_router_counts_how_every_answer_ended(
+    exported: Exported, tmp_path: Path, how: str, leave_after: int | None, status: str
+) -> None:
+    asyncio.run(ask(routed(how, tmp_path), leave_after, stream=True))
+    assert exported.requests() == {("1", status): 1}
+    [in_flight] = (values for key, values in exported.seen.items() if key[0] == "requests_in_flight")
+    assert in_flight[-1] == 0
