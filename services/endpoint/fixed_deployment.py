@@ -16,6 +16,8 @@ from cluster.logs import setup_logging
 from cluster.resources import process_environment, threads_beside_serve
 from services.endpoint.api import build_api
 from services.endpoint.fixed import FixedModel
+from services.endpoint.metrics import RouterMetrics, VersionMetrics
+from services.endpoint.recording import put_recording_into
 from services.endpoint.schema import DirectoryArguments
 
 _UNCOUNTED_REQUESTS = 64
@@ -25,7 +27,7 @@ _UNCOUNTED_REQUESTS = 64
 @serve.deployment(graceful_shutdown_timeout_s=60)
 @serve.ingress()
 class DirectoryEndpoint:
-    """A replica: the directory's model, threads that compute, and the HTTP interface."""
+    """A replica: the directory's model, threads that compute, the HTTP interface, and what Prometheus is told of it."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         import torch
@@ -37,7 +39,11 @@ class DirectoryEndpoint:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the constructor is done."""
-        return build_api(self._arguments, self._model)
+        served, name = self._model.served, self._arguments.model_name
+        assert served is not None
+        answers, queue = RouterMetrics(name), VersionMetrics(name, served.champion.version)
+        api = build_api(self._arguments, self._model)
+        return put_recording_into(api, answers, queue, served.champion.version, lambda: served.model.load)
 
 
 def app(args: dict[str, Any]) -> Application:

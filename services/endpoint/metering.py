@@ -1,6 +1,7 @@
 """Counts what answering one request takes, where the model is: tokens, and the times of the first and the last.
 
-To the HTTP interface a meter is the account of a request (`admission.Counting`), one that lets everything in.
+To the HTTP interface a meter is the account of a request (`admission.Counting`): behind a router, which has let the
+request in, one that lets everything in; else one in front of the account, which is told all that the meter is told.
 """
 
 import asyncio
@@ -8,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Generic, Self, TypeVar
 
-from services.endpoint.admission import Work
+from services.endpoint.admission import Counting, Work
 from services.endpoint.decoding import Piece
 from services.endpoint.errors import ApiError
 
@@ -26,6 +27,8 @@ class Meter:
     last_s: float | None = None
     failed: bool = False
     """Decoding raised; a stream that had begun says so in an event."""
+    account: Counting | None = None
+    """Told of everything as well, and asked whether the request may come in; None behind a router."""
 
     def add(self, item: int | Piece) -> None:
         if isinstance(item, int):
@@ -36,18 +39,25 @@ class Meter:
         self.first_s = self.last_s if self.first_s is None else self.first_s
 
     def admit(self, model: str, body_bytes: int, max_new_tokens: int) -> None:
-        """The router let it in."""
+        """Asks the account, if there is one; the time runs from here, since a client may be slow to send its body."""
+        if self.account is not None:
+            self.account.admit(model, body_bytes, max_new_tokens)
+            self.started = time.perf_counter()
 
     def use(self, num_tokens: int) -> None:
         """Counts tokens of a prompt."""
         self.prompt_tokens += num_tokens
+        if self.account is not None:
+            self.account.use(num_tokens)
 
     def use_reserved(self) -> None:
-        """Nothing was reserved here."""
+        """Nothing is reserved but by an account."""
+        if self.account is not None:
+            self.account.use_reserved()
 
     def counted(self, work: Work[T]) -> Work[T]:
         """The same work; its tokens and their times are counted."""
-        return Metered(work, self)
+        return Metered(work if self.account is None else self.account.counted(work), self)
 
     def figures(self) -> dict[str, Any]:
         """`ttft_s` of an answer without tokens is the time that it took."""

@@ -1,6 +1,7 @@
 """What the endpoint tells Prometheus, through Ray's own exporter on every node; Serve adds application and replica.
 
 Requests, tokens and times are counted by the router, which sees what a user sees; the queue by the version that has it.
+A plain directory has no router: its replicas count all of it (`recording.py`).
 """
 
 from ray.serve import metrics
@@ -17,7 +18,7 @@ _TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 
 
 class RouterMetrics:
-    """Counts the answers of every version. One for each router."""
+    """Counts the answers of every version. One for each router, or for each replica of a plain directory."""
 
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
@@ -47,7 +48,7 @@ class RouterMetrics:
         self._in_flight = LastingGauge(
             metrics.Gauge(
                 "raystill_endpoint_requests_in_flight",
-                description="Requests that this router has forwarded and not yet answered.",
+                description="Requests that the router, or the replica of a plain directory, has not yet answered.",
                 tag_keys=keys,
             )
         )
@@ -75,14 +76,14 @@ class RouterMetrics:
 
 
 class VersionMetrics:
-    """The queue of a version. One for each replica."""
+    """The queue of a version, or of a plain directory. One for each replica."""
 
     def __init__(self, model_name: str, version: str) -> None:
         self._tags = {"model": model_name, "version": version}
         self._queue = LastingGauge(
             metrics.Gauge(
                 "raystill_endpoint_queue",
-                description="Requests that run or wait in a replica of a version.",
+                description="Requests that run or wait in a replica of a version or of a plain directory.",
                 tag_keys=("model", "version"),
             )
         )
