@@ -235,6 +235,10 @@ def test_page_asks_the_teacher_beside_champion_and_challenger(
         figures = opened.locator("article.teacher .figures")
         expect(figures).to_have_text("not up: nothing answers at serve.teacher_url")
         assert opened.text_content("article.teacher h3") == "teacher"
+        colors = opened.evaluate(
+            "['.figures', '#problem'].map((x) => getComputedStyle(document.querySelector(x)).color)"
+        )
+        assert figures.evaluate("(element) => getComputedStyle(element).color") == colors[1] != colors[0]
         opened.click("#ask")
         expect(opened.locator("#said")).to_have_text("all answers are there")
         assert opened.text_content("article.teacher pre") == "", "it was not asked"
