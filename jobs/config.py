@@ -301,8 +301,12 @@ class ChampionRules(Config):
 
     max_quality_drop: float | None = Field(None, gt=-1)
     """Largest relative increase of held-out bits per byte over the champion's; below 0 it must be better."""
+    min_retention: float | None = Field(None, gt=0)
+    """Least share of the champion's quality: its held-out bits per byte over the candidate's."""
     max_latency_ratio: float | None = Field(None, gt=0)
     """Largest time per token, as a multiple of the champion's as it was recorded."""
+    max_size_ratio: float | None = Field(None, gt=0)
+    """Largest size of the weights on disk, as a multiple of the champion's; at 1 they must not grow."""
 
 
 class PromoteConfig(Config):
@@ -317,6 +321,8 @@ class PromoteConfig(Config):
     candidate is as good as the teacher; at 0.9 it may take 11 % more bits."""
     max_latency_ratio: float | None = Field(None, gt=0)
     """Largest time per token, as a multiple of the teacher's."""
+    max_size_ratio: float | None = Field(None, gt=0)
+    """Largest size of the weights on disk, as a share of the teacher's."""
     max_size_mb: float | None = Field(None, gt=0)
     """Largest size of the weights on disk, in megabytes of 1,000,000 bytes."""
     champion: ChampionRules = ChampionRules()
@@ -402,7 +408,7 @@ class RunConfig(Config):
             raise ValueError(
                 f"promote.scheme={self.promote.scheme} is not among quantize.schemes={self.quantize.schemes}: add it"
             )
-        for name in ("min_retention", "max_latency_ratio"):
+        for name in ("min_retention", "max_latency_ratio", "max_size_ratio"):
             if self.teacher is None and getattr(self.promote, name) is not None:
                 raise ValueError(
                     f"promote.{name}={getattr(self.promote, name)} compares with the teacher, and there is none: "

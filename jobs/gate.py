@@ -4,12 +4,12 @@ Figures are read by name from what was measured: bits per byte on held-out text,
 The candidate's were measured on the artefact that will be served, reloaded in a fresh process. Every rule is asked,
 so that a refusal names all that fail; one whose figure was not measured, is not a number or cannot be, fails.
 
-Retention is the teacher's bits per byte over the candidate's (`compression.quality_kept`). Time per token is `token_s`,
+Retention is the other's bits per byte over the candidate's (`compression.quality_kept`). Time per token is `token_s`,
 from one new token to the next, where both sides have it; otherwise the time of scoring, 1 / `tokens_per_s`, for both.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,15 +77,13 @@ def judge(
         candidate, student, teacher: figures by name; the student's are those of its float version.
     """
     rules = [_quality_drop("promote.max_quality_drop", config.max_quality_drop, candidate, student, "float student")]
-    if config.min_retention is not None:
-        rules.append(_retention(config.min_retention, candidate, teacher or {}))
-    if config.max_latency_ratio is not None:
-        arguments = ("promote.max_latency_ratio", config.max_latency_ratio)
-        rules.append(_latency_ratio(*arguments, candidate, teacher or {}, "teacher"))
+    for name, ask in _BESIDE_ANOTHER.items():
+        if (limit := getattr(config, name)) is not None and name != "max_quality_drop":
+            rules.append(ask(f"promote.{name}", limit, candidate, teacher or {}, "teacher"))
     if config.max_size_mb is not None:
         rules.append(_size(config.max_size_mb, candidate))
     notes = []
-    for name, ask in (("max_quality_drop", _quality_drop), ("max_latency_ratio", _latency_ratio)):
+    for name, ask in _BESIDE_ANOTHER.items():
         limit = getattr(config.champion, name)
         if limit is None:
             continue
@@ -105,9 +103,8 @@ def _quality_drop(rule: str, limit: float, candidate: Figures, other: Figures, a
     return RuleResult(rule, limit, against, figure, mine, theirs, drop, drop <= limit, f"{rule}: {said}")
 
 
-def _retention(limit: float, candidate: Figures, teacher: Figures) -> RuleResult:
-    rule, against = "promote.min_retention", "teacher"
-    figure, mine, theirs = _bits(candidate, teacher)
+def _retention(rule: str, limit: float, candidate: Figures, other: Figures, against: str) -> RuleResult:
+    figure, mine, theirs = _bits(candidate, other)
     if (missing := _not_measured(rule, figure, limit, mine, theirs, against)) is not None:
         return missing
     assert mine is not None
@@ -125,9 +122,31 @@ def _latency_ratio(rule: str, limit: float, candidate: Figures, other: Figures, 
             figure, (mine, theirs) = "1/tokens_per_s", (_ratio(1, speed) for speed in speeds)
     if (missing := _not_measured(rule, figure, limit, mine, theirs, against)) is not None:
         return missing
+    beside = f"{_ms(mine)} ms per token against {_ms(theirs)} of the {against}"
     ratio = _ratio(mine, theirs)
-    said = f"{_ms(mine)} ms per token against {_ms(theirs)} of the {against} is {ratio:.3g} times, allowed {limit:g}"
+    said = f"{beside} is {ratio:.3g} times, allowed {limit:g}"
     return RuleResult(rule, limit, against, figure, mine, theirs, ratio, ratio <= limit, f"{rule}: {said}")
+
+
+def _size_ratio(rule: str, limit: float, candidate: Figures, other: Figures, against: str) -> RuleResult:
+    mine, theirs = _number(candidate, "bytes"), _number(other, "bytes")
+    if (missing := _not_measured(rule, "bytes", limit, mine, theirs, against)) is not None:
+        return missing
+    assert mine is not None
+    assert theirs is not None
+    ratio = _ratio(mine, theirs)
+    sizes = f"{mine / 1e6:.3f} MB of weights against {theirs / 1e6:.3f} of the {against}"
+    said = f"{sizes} is {ratio:.3g} times, allowed {limit:g}"
+    return RuleResult(rule, limit, against, "bytes", mine, theirs, ratio, ratio <= limit, f"{rule}: {said}")
+
+
+_BESIDE_ANOTHER: dict[str, Callable[[str, float, Figures, Figures, str], RuleResult]] = {
+    "max_quality_drop": _quality_drop,
+    "min_retention": _retention,
+    "max_latency_ratio": _latency_ratio,
+    "max_size_ratio": _size_ratio,
+}
+"""Rules that compare with the champion and, but for the drop (which is from the float student), with the teacher."""
 
 
 def _size(limit: float, candidate: Figures) -> RuleResult:

@@ -166,7 +166,7 @@ def _reigning(config: PromoteConfig, champion: Champion | None, candidate: dict[
     became of its weights. None if that is gone, and none of quality if it was measured on other text than the
     candidate; the rules then refuse."""
     rules = config.champion
-    if champion is None or (rules.max_quality_drop is None and rules.max_latency_ratio is None):
+    if champion is None or not rules.model_dump(exclude_none=True):
         return Reigning()
     name, manifest = f"champion, version {champion.version}", _manifest(champion.uri)
     if manifest_sha256(manifest) != champion.manifest_sha256:

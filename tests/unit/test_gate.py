@@ -11,9 +11,10 @@ from jobs.config import PromoteConfig
 from jobs.gate import Reigning, judge
 
 STUDENT = {"bits_per_byte": 2.0}
-TEACHER = {"bits_per_byte": 1.8, "token_s": 0.0004, "tokens_per_s": 100.0}
+TEACHER = {"bits_per_byte": 1.8, "bytes": 8_000_000, "token_s": 0.0004, "tokens_per_s": 100.0}
 CANDIDATE = {"bits_per_byte": 2.0, "bytes": 2_000_000, "token_s": 0.0001, "tokens_per_s": 500.0}
-CHAMPION = Reigning("champion, version 7", {"bits_per_byte": 1.9, "token_s": 0.0002, "tokens_per_s": 250.0})
+REIGNS = {"bits_per_byte": 1.9, "bytes": 1_600_000, "token_s": 0.0002, "tokens_per_s": 250.0}
+CHAMPION = Reigning("champion, version 7", REIGNS)
 
 
 def verdict(config, candidate=CANDIDATE, student=STUDENT, teacher=TEACHER, reigning=CHAMPION):
@@ -64,16 +65,31 @@ RULES = {
         ["2 bits", "against 1.8 of the teacher", "keeps 90 %", "wanted 95 %"],
     ),
     "max_latency_ratio": ({"max_latency_ratio": 0.2}, {}, ["0.1", "0.4", "0.25 times", "allowed 0.2", "teacher"]),
+    "max_size_ratio": (
+        {"max_size_ratio": 0.2},
+        {},
+        ["2.000 MB of weights against 8.000 of the teacher", "0.25 times", "allowed 0.2"],
+    ),
     "max_size_mb": ({"max_size_mb": 1.5}, {}, ["2.000 MB", "allowed 1.5"]),
     "champion.max_quality_drop": (
         {"champion": {"max_quality_drop": 0.01}},
         {},
         ["2 bits", "against 1.9 of the champion, version 7", "drop of 5.263 %", "allowed 1 %"],
     ),
+    "champion.min_retention": (
+        {"champion": {"min_retention": 0.96}},
+        {},
+        ["2 bits", "against 1.9 of the champion, version 7", "keeps 95 %", "wanted 96 %"],
+    ),
     "champion.max_latency_ratio": (
         {"champion": {"max_latency_ratio": 0.4}},
         {},
         ["0.1", "0.2", "0.5 times", "allowed 0.4", "champion, version 7"],
+    ),
+    "champion.max_size_ratio": (
+        {"champion": {"max_size_ratio": 1}},
+        {},
+        ["2.000 MB of weights against 1.600 of the champion, version 7", "1.25 times", "allowed 1"],
     ),
 }
 
@@ -90,9 +106,12 @@ def test_rule_refuses_with_both_values_and_the_limit(name):
 PASSES = {
     "min_retention": {"min_retention": 0.9},
     "max_latency_ratio": {"max_latency_ratio": 0.25},
+    "max_size_ratio": {"max_size_ratio": 0.25},
     "max_size_mb": {"max_size_mb": 2},
     "champion.max_quality_drop": {"champion": {"max_quality_drop": 0.06}},
+    "champion.min_retention": {"champion": {"min_retention": 0.95}},
     "champion.max_latency_ratio": {"champion": {"max_latency_ratio": 0.5}},
+    "champion.max_size_ratio": {"champion": {"max_size_ratio": 1.25}},
 }
 
 
@@ -109,12 +128,13 @@ def test_refusal_names_every_rule_that_failed():
             "max_quality_drop": 0.01,
             "min_retention": 0.99,
             "max_latency_ratio": 0.1,
+            "max_size_ratio": 0.1,
             "max_size_mb": 1,
-            "champion": {"max_quality_drop": -0.5, "max_latency_ratio": 0.1},
+            "champion": {"max_quality_drop": -0.5, "min_retention": 2, "max_latency_ratio": 0.1, "max_size_ratio": 1},
         },
         {**CANDIDATE, "bits_per_byte": 2.2},
     )
-    assert len(found.failures) == 6
+    assert len(found.failures) == 9
     assert [failure.partition(":")[0] for failure in found.failures] == [f"promote.{name}" for name in RULES]
 
 
@@ -125,6 +145,7 @@ def test_refusal_names_every_rule_that_failed():
         ({"min_retention": 0.5}, CANDIDATE, None, "bits_per_byte of the teacher was not measured"),
         ({"max_latency_ratio": 9}, {"bits_per_byte": 2.0}, {}, "of the candidate and of the teacher was not measured"),
         ({"max_size_mb": 9}, {"bits_per_byte": 2.0}, TEACHER, "bytes of the candidate was not measured"),
+        ({"max_size_ratio": 9}, CANDIDATE, None, "bytes of the teacher was not measured"),
         ({}, {"bits_per_byte": "2.0"}, TEACHER, "bits_per_byte of the candidate was not measured"),
         ({}, {"bits_per_byte": True}, TEACHER, "bits_per_byte of the candidate was not measured"),
     ],
@@ -143,10 +164,10 @@ def test_latency_takes_one_measure_for_both_sides():
 
 
 def test_rules_against_a_champion_that_is_not_there_are_noted_and_not_asked():
-    config = {"champion": {"max_quality_drop": 0, "max_latency_ratio": 0.1}}
+    config = {"champion": {"max_quality_drop": 0, "min_retention": 2, "max_latency_ratio": 0.1, "max_size_ratio": 0.1}}
     found = verdict(config, reigning=Reigning())
     assert found.passed
-    assert len(found.notes) == 2
+    assert len(found.notes) == 4
     assert all("no version is champion yet" in note for note in found.notes)
 
 

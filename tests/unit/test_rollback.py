@@ -42,7 +42,7 @@ def made(tmp_path_factory):
         facts = {
             "run": "r",
             "float_student": {"bits_per_byte": 2.05},
-            "teacher": {"bits_per_byte": 1.9, "tokens_per_s": 100.0},
+            "teacher": {"bits_per_byte": 1.9, "bytes": 12_345_670, "tokens_per_s": 100.0},
         }
         register({"int8_weight_only": artefact}, MODEL, storage, tracking, None, facts)
     raw = {
@@ -240,6 +240,13 @@ def test_champion_rules_read_the_manifest_of_the_champion(config, model):
     assert promoted(gate, "3").epoch == 1  # who reigns is not asked to beat itself
     back_again = config("promote.champion.max_quality_drop=0.01", "promote.champion.max_latency_ratio=1")
     assert promoted(back_again, "1").epoch == 2
+    grown = config("promote.champion.max_size_ratio=1.5", "promote.champion.min_retention=1")
+    with pytest.raises(PromotionRefused) as caught:
+        promoted(grown, "2")
+    assert "2.469 MB of weights against 1.235 of the champion, version 1 is 2 times" in str(caught.value)
+    assert "min_retention" not in str(caught.value)
+    tagged = next(item for item in list_versions(model.tracking, MODEL) if item.version == "2").tags
+    assert "promote.champion.max_size_ratio: 2.469 MB" in tagged["verdict_rules"]
 
 
 def test_figures_that_were_changed_after_the_registration_are_not_believed(config, model, files):
