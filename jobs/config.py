@@ -304,7 +304,7 @@ class ChampionRules(Config):
     min_retention: float | None = Field(None, gt=0)
     """Least share of the champion's quality: its held-out bits per byte over the candidate's."""
     max_latency_ratio: float | None = Field(None, gt=0)
-    """Largest time per token, as a multiple of the champion's as it was recorded."""
+    """Largest time per token, as a multiple of the champion's as it was recorded, on a machine of the same kind."""
     max_size_ratio: float | None = Field(None, gt=0)
     """Largest size of the weights on disk, as a multiple of the champion's; at 1 they must not grow."""
 
@@ -320,7 +320,7 @@ class PromoteConfig(Config):
     """Least share of the teacher's quality that is kept: its held-out bits per byte over the candidate's. At 1 the
     candidate is as good as the teacher; at 0.9 it may take 11 % more bits."""
     max_latency_ratio: float | None = Field(None, gt=0)
-    """Largest time per token, as a multiple of the teacher's."""
+    """Largest time per token, as a multiple of the teacher's on a machine of the same kind."""
     max_size_ratio: float | None = Field(None, gt=0)
     """Largest size of the weights on disk, as a share of the teacher's."""
     max_size_mb: float | None = Field(None, gt=0)

@@ -73,7 +73,8 @@ def measure(plan: EvaluationPlan, report: Report) -> dict[str, Any]:
         report(0, f"{name}: speed and memory")
         found = measure_efficiency(model, scheme, rows[: max(config.speed_batches)], config, plan.threads)
         models[name] = {**found.figures, "bytes": model_bytes(model)}
-        details["absent"][name], details["machine"] = found.absent, found.machine
+        details["absent"][name] = found.absent
+        details["machine"] = {**details.get("machine", {}), **found.machine}  # a GPU, if any of them used it
     scorers = {name: load_scorer(*place, plan.threads) for name, place in plan.models.items()}
     _measure_quality(plan, scorers, rows, models, details, report)
     details["tasks"] = _ask_all(plan, scorers, rows, report) if plan.questions else {}

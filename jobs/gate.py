@@ -6,6 +6,8 @@ so that a refusal names all that fail; one whose figure was not measured, is not
 
 Retention is the other's bits per byte over the candidate's (`compression.quality_kept`). Time per token is `token_s`,
 from one new token to the next, where both sides have it; otherwise the time of scoring, 1 / `tokens_per_s`, for both.
+Times are of a machine: figures carry what computed them as `machine`, and those of two machines, or of one that nobody
+wrote down, are not compared. Two machines are the same where processor, system, threads and, if both used one, GPU are.
 """
 
 import math
@@ -74,7 +76,7 @@ def judge(
     """Asks every rule of the config.
 
     Args:
-        candidate, student, teacher: figures by name; the student's are those of its float version.
+        candidate, student, teacher: figures by name, with `machine`; the student's are those of its float version.
     """
     rules = [_quality_drop("promote.max_quality_drop", config.max_quality_drop, candidate, student, "float student")]
     for name, ask in _BESIDE_ANOTHER.items():
@@ -123,6 +125,13 @@ def _latency_ratio(rule: str, limit: float, candidate: Figures, other: Figures, 
     if (missing := _not_measured(rule, figure, limit, mine, theirs, against)) is not None:
         return missing
     beside = f"{_ms(mine)} ms per token against {_ms(theirs)} of the {against}"
+    machines = candidate.get("machine"), other.get("machine")
+    if not _same_machine(*machines):
+        said = (
+            f"{beside} are times of {_machine(machines[0])} and of {_machine(machines[1])}, which say nothing beside "
+            f"each other (allowed {limit:g} times): measure both on one machine, or leave the limit out"
+        )
+        return RuleResult(rule, limit, against, figure, mine, theirs, None, False, f"{rule}: {said}")
     ratio = _ratio(mine, theirs)
     said = f"{beside} is {ratio:.3g} times, allowed {limit:g}"
     return RuleResult(rule, limit, against, figure, mine, theirs, ratio, ratio <= limit, f"{rule}: {said}")
@@ -176,6 +185,25 @@ def _bits(candidate: Figures, other: Figures) -> tuple[str, float | None, float 
 
 def _beside(mine: float | None, theirs: float | None, against: str) -> str:
     return f"{mine:.6g} bits per byte against {theirs:.6g} of the {against}"
+
+
+def _same_machine(one: Any, other: Any) -> bool:
+    """Whether both are known and compute alike; a GPU counts where both used one."""
+    if not one or not other:
+        return False
+    both = one.get("gpu", ""), other.get("gpu", "")
+    return all(one.get(part) == other.get(part) for part in _PARTS) and (not all(both) or both[0] == both[1])
+
+
+_PARTS = ("processor", "system", "threads")
+
+
+def _machine(found: Any) -> str:
+    """A machine for people."""
+    if not found:
+        return "a machine that was not recorded"
+    hardware = [str(found[part]) for part in ("processor", "gpu", "system") if part in found]
+    return f"{', '.join(hardware)}, {found.get('threads', '?')} threads"
 
 
 def _ms(seconds: float | None) -> str:

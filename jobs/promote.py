@@ -48,7 +48,8 @@ def promote(
 
     Args:
         version: `{"version", "uri", "manifest_sha256"}` of the candidate.
-        student, candidate, teacher: figures of the float student, of the candidate and of the teacher, by name.
+        student, candidate, teacher: figures of the float student, of the candidate and of the teacher, by name, each
+            with the `machine` that took its times.
         run: on whose behalf, for the history.
         force: let pass whatever the gate says, and what was taken down before. Files that are not those that were
             registered never pass.

@@ -21,7 +21,7 @@ from cluster.tracking import tracking_uri
 from jobs.config import DistillConfig, RunConfig, StudentConfig
 from jobs.convert import convert_gguf
 from jobs.corpus import Source, find_sources
-from jobs.evaluating.stage import evaluate, evaluate_artefacts, evaluation_identity, with_report
+from jobs.evaluating.stage import evaluate, evaluate_artefacts, evaluation_identity, measured_by, with_report
 from jobs.gather import gather_python_docs
 from jobs.label import all_there, introduce_teacher, label_store, over_common_columns
 from jobs.labels.access import access_without_teacher, label_access
@@ -349,11 +349,11 @@ def _register_key(run: Run) -> str:
 def _register(run: Run, bar: Bar) -> Output:
     artefacts = run.outputs["quantize"]["artefacts"]
     bar.start(1, f"{len(artefacts)} versions of {run.config.model_name}")
+    measured, quantised = measured_by(run, "evaluate"), measured_by(run, "quantize")
     with_measures = {
-        scheme: {"uri": artefact["uri"], "measured": run.outputs["quantize"]["models"][f"student_{scheme}"]}
+        scheme: {"uri": artefact["uri"], "measured": quantised[f"student_{scheme}"]}
         for scheme, artefact in artefacts.items()
     }
-    measured = run.outputs["evaluate"]["models"]
     facts = {
         "run": run.config.name,
         "data_fingerprint": run.outputs["prepare"]["fingerprint"],
@@ -384,13 +384,13 @@ def _promote(run: Run, bar: Bar) -> Output:
     config = run.config
     scheme = config.promote.scheme
     bar.start(1, f"{scheme} at the gate")
-    measured = run.outputs["evaluate"]["models"]
+    measured = measured_by(run, "evaluate")
     champion, verdict = promote(
         config.promote,
         config.model_name,
         run.outputs["register"]["versions"][scheme],
         measured["student"],
-        run.outputs["quantize"]["models"][f"student_{scheme}"],
+        measured_by(run, "quantize")[f"student_{scheme}"],
         database_url(config.state_directory),
         tracking_uri(config.state_directory),
         teacher=measured.get("teacher"),

@@ -46,6 +46,12 @@ def evaluate_artefacts(run: Run, artefacts: dict[str, dict[str, str]], bar: Bar)
     return {"models": with_compression(measured["models"], teacher), "details": measured["details"]}
 
 
+def measured_by(run: Run, stage: str) -> dict[str, dict[str, Any]]:
+    """Figures by model, each with the `machine` that took them, as a manifest keeps and the gate reads them."""
+    output = run.outputs[stage]
+    return {name: {**figures, "machine": output["details"]["machine"]} for name, figures in output["models"].items()}
+
+
 def with_report(run: Run, stage: str, output: Output) -> Output:
     """The output of a stage that measured, after the report was written anew with it.
 

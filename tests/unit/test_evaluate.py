@@ -17,6 +17,7 @@ from jobs.evaluating import efficiency
 from jobs.evaluating.efficiency import Efficiency
 from jobs.evaluating.questions import read_questions
 from jobs.evaluating.scorers import load_scorer, model_bytes
+from jobs.evaluating.stage import measured_by
 from jobs.quantization import int8_weight_only
 from jobs.training.data import ExampleStore, collate
 from tests import tiny
@@ -34,7 +35,8 @@ def no_process(monkeypatch):
 
     def measured(model, scheme, rows, config, threads):
         given.append(len(rows))
-        return Efficiency({"parameters": 7, "token_s": 0.5}, {"joules_per_token": "none here"}, {"torch": "2"})
+        machine = {"torch": "2", **({"gpu": "Sample GPU"} if len(given) == 1 else {})}  # the first computes on it
+        return Efficiency({"parameters": 7, "token_s": 0.5}, {"joules_per_token": "none here"}, machine)
 
     monkeypatch.setattr(efficiency, "measure_efficiency", measured)
     return given
@@ -73,6 +75,9 @@ def test_measure_gives_numbers_for_every_model_and_details_as_json(prepared, stu
     assert set(details["agreement_by_position"]) == {"student"}
     assert set(details["tasks"]["quiz"]["teacher"]) == {"", "world_history", "algebra"}
     assert details["absent"]["student"] == {"joules_per_token": "none here"}
+    assert details["machine"] == {"torch": "2", "gpu": "Sample GPU"}
+    taken = measured_by(SimpleNamespace(outputs={"evaluate": found}), "evaluate")
+    assert taken["student"] == {**found["models"]["student"], "machine": details["machine"]}
     assert "teacher_bits_per_byte_in_training" not in details
     rows = [measure(plan(prepared, models, questions=[], validation_rows=n), print) for n in (2, 6)]
     seen = [item["details"]["teacher_bits_per_byte_in_training"] for item in rows]

@@ -10,10 +10,11 @@ from cluster.errors import ConfigError
 from jobs.config import PromoteConfig
 from jobs.gate import Reigning, judge
 
+MACHINE = {"processor": "Sample CPU", "system": "Linux x86_64", "threads": "2", "torch": "2.13"}
 STUDENT = {"bits_per_byte": 2.0}
-TEACHER = {"bits_per_byte": 1.8, "bytes": 8_000_000, "token_s": 0.0004, "tokens_per_s": 100.0}
-CANDIDATE = {"bits_per_byte": 2.0, "bytes": 2_000_000, "token_s": 0.0001, "tokens_per_s": 500.0}
-REIGNS = {"bits_per_byte": 1.9, "bytes": 1_600_000, "token_s": 0.0002, "tokens_per_s": 250.0}
+TEACHER = {"bits_per_byte": 1.8, "bytes": 8_000_000, "token_s": 0.0004, "tokens_per_s": 100.0, "machine": MACHINE}
+CANDIDATE = {"bits_per_byte": 2.0, "bytes": 2_000_000, "token_s": 0.0001, "tokens_per_s": 500.0, "machine": MACHINE}
+REIGNS = {"bits_per_byte": 1.9, "bytes": 1_600_000, "token_s": 0.0002, "tokens_per_s": 250.0, "machine": MACHINE}
 CHAMPION = Reigning("champion, version 7", REIGNS)
 
 
@@ -156,11 +157,43 @@ def test_rule_whose_figure_was_not_measured_refuses(config, candidate, teacher, 
 
 
 def test_latency_takes_one_measure_for_both_sides():
-    scored = {"bits_per_byte": 2.0, "tokens_per_s": 500.0}
+    scored = {"bits_per_byte": 2.0, "tokens_per_s": 500.0, "machine": MACHINE}
     found = verdict({"max_latency_ratio": 1}, scored)  # the teacher has both, the candidate has no token_s
     assert (found.rules[-1].figure, found.rules[-1].value) == ("1/tokens_per_s", pytest.approx(0.2))
     found = verdict({"max_latency_ratio": 1})
     assert (found.rules[-1].figure, found.rules[-1].value) == ("token_s", pytest.approx(0.25))
+
+
+OTHER = {**MACHINE, "processor": "Other CPU", "gpu": "Other GPU"}
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "words"),
+    [
+        (MACHINE, OTHER, "Sample CPU, Linux x86_64, 2 threads and of Other CPU, Other GPU, Linux x86_64, 2 threads"),
+        (MACHINE, {**MACHINE, "threads": "8"}, "Linux x86_64, 2 threads and of Sample CPU, Linux x86_64, 8 threads"),
+        ({**OTHER, "gpu": "Sample GPU"}, OTHER, "Other CPU, Sample GPU, Linux x86_64, 2 threads and of Other CPU, Oth"),
+        (MACHINE, None, "and of a machine that was not recorded"),
+        (None, None, "of a machine that was not recorded and of a machine that was not recorded"),
+    ],
+)
+@pytest.mark.parametrize("against", ["teacher", "champion"])
+def test_times_of_two_machines_are_not_compared(against, mine, theirs, words):
+    teacher, reigning = {**TEACHER, "machine": theirs}, Reigning("champion", {**REIGNS, "machine": theirs})
+    config = {"max_latency_ratio": 9} if against == "teacher" else {"champion": {"max_latency_ratio": 9}}
+    found = verdict(config, {**CANDIDATE, "machine": mine}, teacher=teacher, reigning=reigning)
+    (failure,) = found.failures
+    for word in (f"0.1 ms per token against {'0.4 of the teacher' if against == 'teacher' else '0.2'}", words):
+        assert word in failure
+    assert "measure both on one machine, or leave the limit out" in failure
+    sizes = {"champion": {"max_size_ratio": 9, "max_quality_drop": 9}}  # the rest is not of a machine
+    assert verdict(sizes, {**CANDIDATE, "machine": mine}, reigning=reigning).passed
+
+
+def test_model_on_the_gpu_and_one_on_the_processors_of_a_machine_are_compared():
+    assert verdict({"max_latency_ratio": 9}, teacher={**TEACHER, "machine": {**MACHINE, "gpu": "Sample GPU"}}).passed
+    newer = {**MACHINE, "torch": "2.14"}  # a faster version is an advantage like any other
+    assert verdict({"max_latency_ratio": 9}, teacher={**TEACHER, "machine": newer}).passed
 
 
 def test_rules_against_a_champion_that_is_not_there_are_noted_and_not_asked():

@@ -25,6 +25,7 @@ from jobs.serve import check_champion
 from jobs.versions import find_model, model_of, versions
 
 MODEL = "r-student"
+MACHINE = {"processor": "Sample CPU", "system": "Linux x86_64", "threads": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,11 @@ def made(tmp_path_factory):
         (source / "model.safetensors").write_text(f"weights {number}")
         publish_directory(source, storage, f"quantized/{number}", scheme="int8_weight_only")
         figures = {"bits_per_byte": 2.1 - number / 100, "bytes": number * 1_234_567, "tokens_per_s": 200.0}
-        artefact = {"uri": f"{storage.uri}/quantized/{number}", "measured": figures}
+        artefact = {"uri": f"{storage.uri}/quantized/{number}", "measured": {**figures, "machine": MACHINE}}
         facts = {
             "run": "r",
             "float_student": {"bits_per_byte": 2.05},
-            "teacher": {"bits_per_byte": 1.9, "bytes": 12_345_670, "tokens_per_s": 100.0},
+            "teacher": {"bits_per_byte": 1.9, "bytes": 12_345_670, "tokens_per_s": 100.0, "machine": MACHINE},
         }
         register({"int8_weight_only": artefact}, MODEL, storage, tracking, None, facts)
     raw = {
@@ -372,7 +373,7 @@ def test_champion_measured_on_other_text_is_no_measure_of_quality(made, config, 
         source.mkdir()
         (source / "model.safetensors").write_text("other weights")
     publish_directory(source, storage, "quantized/other", scheme="int8_weight_only")
-    figures = {"bits_per_byte": 1.0, "bytes": 1, "tokens_per_s": 200.0}
+    figures = {"bits_per_byte": 1.0, "bytes": 1, "tokens_per_s": 200.0, "machine": MACHINE}
     artefact = {"uri": f"{storage.uri}/quantized/other", "measured": figures}
     facts = {"run": "r", "float_student": {"bits_per_byte": 1.0}, "data_fingerprint": "easier text"}
     register({"int8_weight_only": artefact}, MODEL, storage, model.tracking, None, facts)
