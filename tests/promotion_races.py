@@ -137,12 +137,14 @@ BOUNDARIES = {
     "announce": (crowning, "mark_announced"),
 }
 """The steps of a promotion in their order; `seat` lies inside the transaction that crowns."""
+OF_A_CANARY = {"canary": (promoting, "begin"), "canary_move": ("cluster.canaries", "move")}
+"""How a challenger's promotion goes on after `files`; the second lies inside the transaction of the first."""
 
 
 def _die_at(step: str, after: bool, work: Any, arguments: tuple[Any, ...]) -> None:
     import importlib
 
-    module, name = BOUNDARIES[step]
+    module, name = {**BOUNDARIES, **OF_A_CANARY}[step]
     module = importlib.import_module(module) if isinstance(module, str) else module
     whole = getattr(module, name)
     to_come = ["of the settling before"] if step in ("alias", "announce") else []

@@ -1,7 +1,12 @@
 """The canary's row: one at a time, each change by whoever saw the last one, and whole whenever a process dies."""
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine
@@ -68,7 +73,7 @@ def test_canary_that_failed_leaves_the_champion_and_is_remembered(engine: Engine
     before = taken_down_before(engine, MODEL, lambda item: item.manifest_sha256 == canary.manifest_sha256)
     assert before.reason == "error rate: 3 of 3"
     assert taken_down_before(engine, MODEL, lambda item: item.version == "3") is None
-    crown_one(str(engine.url), 2)  # forced, and it reigned
+    crown_one(engine.url.render_as_string(hide_password=False), 2)  # forced, and it reigned
     assert taken_down_before(engine, MODEL, lambda item: item.manifest_sha256 == canary.manifest_sha256) is None
 
 
@@ -98,7 +103,7 @@ def test_change_of_a_canary_that_was_changed_meanwhile_is_none(engine: Engine) -
 
 def test_canary_is_overtaken_by_another_champion(engine: Engine) -> None:
     canary = started(engine)
-    crown_one(str(engine.url), 3)
+    crown_one(engine.url.render_as_string(hide_password=False), 3)
     assert crown_canary(engine, canary, {}) is None
     assert running_canary(engine, MODEL) is None
     assert latest_canary(engine, MODEL).state == "overtaken"
@@ -114,6 +119,37 @@ def test_crown_that_was_broken_off_is_settled_by_the_next_look(engine: Engine) -
     assert running_canary(engine, MODEL) is None
     assert latest_canary(engine, MODEL).state == "passed"
     assert current_champion(engine, MODEL).version == "2"
+
+
+def test_two_that_begin_or_decide_at_once_have_one_winner(engine: Engine) -> None:
+    def both(*works: Callable[[], Any]) -> list[Any]:
+        start = Barrier(2)
+
+        def outcome(work: Callable[[], Any]) -> Any:
+            start.wait(60)
+            try:
+                return work()
+            except PromotionRefused:
+                return None
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(outcome, works))
+
+    for turn in range(5):
+        begun = both(lambda: started(engine, 2), lambda: started(engine, 3))
+        assert begun.count(None) == 1
+        canary = running_canary(engine, MODEL)
+        assert canary in begun
+        crowned, ended = both(
+            partial(crown_canary, engine, canary, {}), partial(end_canary, engine, canary, "failed", f"turn {turn}")
+        )
+        assert (crowned is None) != (ended is None)
+        assert running_canary(engine, MODEL) is None
+        decided = find_promotion(engine, canary.promotion_id)
+        assert (decided.state, latest_canary(engine, MODEL).state) == (
+            ("crowned", "passed") if ended is None else ("rolled_back", "failed")
+        )
+        assert (current_champion(engine, MODEL) == crowned) == (ended is None)
 
 
 def test_canary_whose_promotion_was_taken_away_does_not_begin(engine: Engine) -> None:
