@@ -67,6 +67,10 @@ class Canary:
         """Share of the traffic that it is to answer."""
         return self.steps[self.step] if self.state == "running" else 0.0
 
+    def is_same_state(self, other: "Canary") -> bool:
+        """Whether nothing was decided between the two. Revisions begin anew with every canary."""
+        return (self.promotion_id, self.revision) == (other.promotion_id, other.revision)
+
     @property
     def artefact(self) -> Champion:
         """The version as an endpoint loads it; it is nobody's champion, so the epoch is 0."""

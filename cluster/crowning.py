@@ -91,7 +91,9 @@ def _announce_champion(engine: Engine, model_name: str, tracking: str) -> None:
 
 def _announce_canary(engine: Engine, model_name: str, tracking: str) -> None:
     canary = latest_canary(engine, model_name)
-    while canary is not None and not canary.announced:
+    if canary is not None and canary.announced:
+        return
+    while canary is not None:
         tags = {
             "canary": f"{canary.state}, {canary.share:.0%} of the traffic" if canary.share else canary.state,
             "canary_promotion": str(canary.promotion_id),
@@ -110,7 +112,10 @@ def _announce_canary(engine: Engine, model_name: str, tracking: str) -> None:
             )
             return
         mark_canary_announced(engine, canary)
-        canary = latest_canary(engine, model_name)
+        found = latest_canary(engine, model_name)
+        if found is not None and found.is_same_state(canary):
+            return
+        canary = found  # also one that was announced meanwhile: what was just written was written over it
 
 
 def _announce_ends_before(engine: Engine, canary: Canary, tracking: str) -> None:

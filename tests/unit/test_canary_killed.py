@@ -96,6 +96,23 @@ def check(engine: Engine, tracking: str, what: str, step: int, champion: str) ->
     assert canary.announced
 
 
+def test_state_that_is_written_late_gives_way_to_the_newer_one(
+    database: str, reigning: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking, second = reigning
+    whole = crowning.point_challenger
+
+    def late(*arguments: Any) -> None:
+        monkeypatch.undo()
+        decide("down", database, tracking)  # the endpoint takes it down and says so before the promotion has spoken
+        whole(*arguments)
+
+    monkeypatch.setattr(crowning, "point_challenger", late)
+    begin(database, tracking, second)
+    with opened(database) as engine:
+        check(engine, tracking, "down", 0, "1")
+
+
 IN_MLFLOW = [(crowning, "point_challenger"), (crowning, "tag_version"), (crowning, "mark_canary_announced")]
 IN_SQL = {
     "up": [(canaries, "_changed")],
