@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Protocol
 
-from cluster.canaries import Canary, crown_canary, end_canary, next_step, running_canary
+from cluster.canaries import Canary, crown_canary, end_canary, latest_canary, next_step, running_canary
 from cluster.champions import Champion
 from cluster.crowning import announce
 from cluster.errors import CorruptArtifact, ModelError
@@ -35,8 +35,9 @@ _ROUTER_SILENT_S = 30.0
 """A router that was not heard for so long is gone, and so are its requests."""
 _SLOW_START_S = 60.0
 _LONGEST_START_S = 600.0
-"""For a challenger. A cluster that adds a node for it does so in less; one that has no room would keep every other
-canary out for as long as this one waits. It is ended, not failed: nothing was learned about the version."""
+"""For a challenger, also one whose replicas are gone. A cluster that adds a node for it does so in less; one that has
+no room would keep every other canary out for as long as this one waits. It is ended, not failed: nothing was learned
+about the version."""
 _STALLED_S = 20.0
 _MOST_ATTEMPTS = 3
 """To start a challenger, before it is taken down; one that is damaged has one."""
@@ -132,7 +133,10 @@ class Supervisor:
         """A champion that is not served yet, and since when."""
         self._starting: tuple[Canary, float] | None = None
         """A challenger that was asked for and does not run yet, and since when."""
-        self._alone_since: float | None = None
+        self._alone_since: dict[str, float] = {}
+        """Applications in the table that have no replica, and since when."""
+        self._told: tuple[int, int] | None = None
+        """Promotion and revision of the canary that MLflow was last told of."""
         self._previous: Route | None = None
         """The champion before, as far as it reigned while this supervisor looked."""
         self.urgent = threading.Event()
@@ -186,7 +190,8 @@ class Supervisor:
     def poll(self) -> None:
         """Looks at the rows, starts and ends what they ask for, and writes decisions down. Never raises."""
         self.urgent.clear()
-        for work in (self._write_decision, self._follow_champion, self._follow_canary, self._sweep, self._read_queues):
+        follow = (self._follow_champion, self._follow_canary)
+        for work in (self._write_decision, *follow, self._tell_registry, self._sweep, self._read_queues):
             try:
                 work()
             except Exception as error:  # a database or a controller that is away comes back; the table stays
@@ -212,7 +217,7 @@ class Supervisor:
     def _follow_champion(self) -> None:
         self._follower.poll(self._arguments.poll_s)
         served = self._follower.served
-        stalled = served is not None and self._has_no_replica(served.model)
+        stalled = served is not None and self._alone_s(served.model) >= _STALLED_S
         problem = self._follower.problem or self._slow_start()
         if stalled and served is not None:
             problem = f"version {served.champion.version} has no replica that runs; Serve tries to start one"
@@ -225,13 +230,12 @@ class Supervisor:
                 self._previous = before
             self._set_table(champion=served.model, reign=reign, stalled=stalled, problem=problem)
 
-    def _has_no_replica(self, route: Route) -> bool:
-        """Whether that has been so for a while; a replica that died is usually replaced in less."""
+    def _alone_s(self, route: Route) -> float:
+        """How long a version has had no replica that runs; one that died is usually replaced in a few seconds."""
         if self._applications.running(route.app):
-            self._alone_since = None
-            return False
-        self._alone_since = self._clock() if self._alone_since is None else self._alone_since
-        return self._clock() - self._alone_since >= _STALLED_S
+            self._alone_since.pop(route.app, None)
+            return 0.0
+        return self._clock() - self._alone_since.setdefault(route.app, self._clock())
 
     def _slow_start(self) -> str | None:
         """What is wrong if a champion takes long to start; where a cluster has no room for it, it never does."""
@@ -257,6 +261,8 @@ class Supervisor:
         key = (canary.promotion_id, canary.step)
         trial = self._trial
         if trial is not None and (trial.canary.promotion_id, trial.canary.step) == key:
+            if self._alone_s(trial.route) >= _LONGEST_START_S:  # without traffic nothing else would take it down
+                self._end(canary, f"no replica of it ran for over {_LONGEST_START_S:g} s: is there a free CPU for it?")
             return
         if self._clock() < self._retry_at:
             return
@@ -284,10 +290,11 @@ class Supervisor:
             self._starting = (canary, since)
             if self._clock() - since < _LONGEST_START_S:
                 return
-        reason = f"it had been starting for over {_LONGEST_START_S:g} s: is there a free CPU for it?"
+        self._end(canary, f"it had been starting for over {_LONGEST_START_S:g} s: is there a free CPU for it?")
+
+    def _end(self, canary: Canary, reason: str) -> None:
         if end_canary(self._follower.engine, canary, "ended", reason) is not None:
             logger.warning("The canary of version %s is ended: %s", canary.version, reason)
-            self._announce_later(self._follower.engine)
         self._drop_challenger()
 
     def _could_not_start(self, canary: Canary, error: Exception) -> None:
@@ -308,23 +315,25 @@ class Supervisor:
             self._set_table(challenger=None, trial=None, share=0.0, shadow=0.0)
 
     def _write_decision(self) -> None:
-        """Puts into SQL what was decided in the meantime, and then into MLflow."""
-        engine, model_name = self._follower.engine, self._arguments.model_name
-        trial, wrote = self._trial, False
-        canary = running_canary(engine, model_name)
+        """Puts into SQL what was decided in the meantime."""
+        engine, trial = self._follower.engine, self._trial
+        canary = running_canary(engine, self._arguments.model_name)
         if canary is not None and (taken := self._taken_down.get(canary.promotion_id)) is not None:
             logger.warning("Version %s is taken down: %s", canary.version, taken.reason)
             end_canary(engine, canary, "failed", taken.reason, taken.figures)
-            wrote = True
-        elif canary is not None and trial is not None and _same(canary, trial.canary):
+        elif canary is not None and trial is not None and canary.is_same_state(trial.canary):
             if trial.decision.action == "advance":
                 next_step(engine, canary, trial.decision.figures)
-                wrote = True
             elif trial.decision.action == "promote":
                 crown_canary(engine, canary, trial.decision.figures)
-                wrote = True
-        if wrote:
-            self._announce_later(engine)
+
+    def _tell_registry(self) -> None:
+        """Tells MLflow once of each state of the canary, whoever wrote it: its process may have died before it did."""
+        canary = latest_canary(self._follower.engine, self._arguments.model_name)
+        if canary is None or canary.announced or self._told == (canary.promotion_id, canary.revision):
+            return
+        self._told = (canary.promotion_id, canary.revision)
+        self._announce_later(self._follower.engine)
 
     def _announce_later(self, engine: Any) -> None:
         """MLflow may be slow or away; nothing waits for it, and the next start repairs what it missed."""
@@ -375,6 +384,7 @@ class Supervisor:
             number = self._dropped.setdefault(name, self._table.number)
             if all(router.table >= number and not router.in_flight.get(name) for router in heard):
                 self._applications.remove(name)
+                self._alone_since.pop(name, None)
 
     def _canary_wanted(self) -> Champion | None:
         canary = running_canary(self._follower.engine, self._arguments.model_name)
@@ -408,19 +418,16 @@ class Supervisor:
             return {**said, "state": slow if waited_s >= _SLOW_START_S else "it is starting", "figures": {}}
         if trial is None:
             return None
+        alone_s = now - self._alone_since.get(trial.route.app, now)
+        alone = f"no replica of it runs, for {alone_s:.0f} s: is there a free CPU for it?"
         return {
             "version": trial.canary.version,
             "step": trial.canary.step,
             "steps": trial.plan.steps,
             "held_s": round(now - trial.began, 1),
-            "state": trial.decision.reason,
+            "state": alone if alone_s >= _STALLED_S else trial.decision.reason,
             "figures": trial.decision.figures,
         }
-
-
-def _same(one: Canary, other: Canary) -> bool:
-    """Revisions begin anew with every canary."""
-    return (one.promotion_id, one.revision) == (other.promotion_id, other.revision)
 
 
 def _figures(known: _Seen, now: float) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from cluster.canaries import end_canary, latest_canary, running_canary
+from cluster.canaries import end_canary, latest_canary, mark_canary_announced, running_canary
 from cluster.champions import current_champion
 from cluster.errors import CorruptArtifact
-from cluster.promotions import history
+from cluster.promotions import crown, find_promotion, history
 from jobs.rollback import end_running_canary
 from services.endpoint.canary import Observation
+from services.endpoint.supervisor import Supervisor
 from tests.promotion_races import MODEL, artefact, crown_one
 from tests.unit.test_endpoint_supervisor import Endpoint, challenge, database, endpoint, engine, shown
 
@@ -205,7 +206,48 @@ def test_mlflow_is_told_of_a_challenger_that_found_no_room(
     look(endpoint)
     endpoint.now += 601
     look(endpoint)
-    assert [canary.state for canary in told] == ["ended"]
+    assert [canary.state for canary in told] == ["running", "ended"]
+
+
+def test_challenger_that_lost_its_last_replica_is_ended_after_a_while(endpoint: Endpoint, engine: Any) -> None:
+    challenge(engine)
+    endpoint.turn()
+    for lost_s in (599, 599):  # each time it comes back at last
+        endpoint.applications.words["v2"] = "UNHEALTHY"
+        look(endpoint)
+        endpoint.now += lost_s
+        look(endpoint)
+        assert endpoint.traffic["canary"]["state"] == "no replica of it runs, for 599 s: is there a free CPU for it?"
+        endpoint.applications.words["v2"] = "RUNNING"
+        look(endpoint)
+        assert endpoint.traffic["canary"]["state"] == "too little traffic: 0 of 20 answers"
+    endpoint.applications.words["v2"] = "UNHEALTHY"
+    look(endpoint)
+    endpoint.now += 600
+    look(endpoint)
+    ended = latest_canary(engine, MODEL)
+    assert (ended.state, ended.reason) == ("ended", "no replica of it ran for over 600 s: is there a free CPU for it?")
+    assert shown(endpoint.table) == ("1", None, 0.0)
+    look(endpoint)
+    assert endpoint.applications.removed == ["v2"]
+    challenge(engine, 3)
+    endpoint.turn()
+    assert shown(endpoint.table) == ("1", "3", 0.1)
+
+
+def test_endpoint_that_is_started_again_tells_mlflow_once_what_was_not_said(
+    endpoint: Endpoint, engine: Any, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    monkeypatch.setattr(Supervisor, "_announce_later", lambda self, engine: told.append(latest_canary(engine, MODEL)))
+    challenge(engine)
+    crown(engine, find_promotion(engine, running_canary(engine, MODEL).promotion_id))  # and then its process died
+    restarted = Endpoint(database)
+    restarted.turn()
+    assert [canary.state for canary in told] == ["passed"]
+    mark_canary_announced(engine, told[0])
+    Endpoint(database).turn()
+    assert len(told) == 1
 
 
 def look(endpoint: Endpoint) -> None:
