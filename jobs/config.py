@@ -280,8 +280,8 @@ class EvaluateConfig(Config):
     """Tokens of the prompt whose continuation is timed; at most a row."""
     new_tokens: int = Field(16, ge=2)
     """Tokens of that continuation."""
-    repeats: int = Field(3, ge=1)
-    """Timed repetitions, of which the median counts."""
+    repeats: int = Field(6, ge=1)
+    """Timed repetitions, of which the median counts; fewer than 6 have no 95 % interval."""
 
     @model_validator(mode="after")
     def _one_task_of_a_name(self) -> Self:

@@ -7,7 +7,6 @@ its figures as JSON. A Ray worker would not do: it has done other things before,
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ from cluster.pretrained import locate
 from jobs.config import EvaluateConfig
 from jobs.quantization.config import ON_ONNXRUNTIME
 
-_LEAST_S = 0.2
+_LEAST_S = 0.1
 """A timed repetition goes over its rows as often as it takes to last this long."""
 
 _PACKAGES = ("torch", "transformers", "torchao", "onnxruntime", "lm_eval")
@@ -84,7 +83,8 @@ def measure_here(asked: dict[str, Any]) -> Efficiency:
 
     `tokens_per_s_batch_B`: tokens of B held-out rows through the model and its loss, a second; `tokens_per_s` is that
     of the largest B. `first_token_s`: from a prompt to its first new token; `token_s`: from one new token to the next,
-    one sequence, greedy. Medians of `repeats`. `peak_memory_bytes`: the most that the process has held, of which
+    one sequence, greedy. These are medians of `timings` (= `repeats`), each with its 95 % interval (`_low`, `_high`) as
+    `median_with_interval` has it. `peak_memory_bytes`: the most that the process has held, of which
     `base_memory_bytes` before the model was loaded (Python, torch); on a GPU, memory that torch held there.
     `joules_per_token`: while the largest B was timed. `flops_per_token`: of one row read as one sequence, head at every
     position, a multiplication and an addition being two, attention counted as if it were not causal; float models.
@@ -92,6 +92,7 @@ def measure_here(asked: dict[str, Any]) -> Efficiency:
     import torch
 
     from jobs.evaluating.energy import EnergyMeter
+    from jobs.evaluating.intervals import median_with_interval
     from jobs.evaluating.scorers import load_scorer
     from jobs.training.data import collate
 
@@ -101,7 +102,7 @@ def measure_here(asked: dict[str, Any]) -> Efficiency:
     on_gpu = asked["scheme"] not in ON_ONNXRUNTIME and torch.cuda.is_available()
     finish = torch.cuda.synchronize if on_gpu else lambda: None
     scorer.score(collate(rows[:1]))  # first calls allocate and choose kernels
-    figures: dict[str, float] = {"parameters": scorer.parameters}
+    figures: dict[str, float] = {"parameters": scorer.parameters, "timings": config["repeats"]}
     absent: dict[str, str] = {}
     meter = EnergyMeter(on_gpu)
     for size in sorted(set(config["speed_batches"])):
@@ -110,7 +111,11 @@ def measure_here(asked: dict[str, Any]) -> Efficiency:
         before = meter.read_j()
         seconds, times = _timed(lambda batch=batch: scorer.score(batch), config["repeats"], finish)  # type: ignore[misc]
         joules = meter.used_j(before, meter.read_j())
-        figures[f"tokens_per_s_batch_{size}"] = figures["tokens_per_s"] = tokens / seconds
+        found = median_with_interval("s", seconds)
+        figures[f"tokens_per_s_batch_{size}"] = figures["tokens_per_s"] = tokens / found["s"]
+        for end, opposite in (("low", "high"), ("high", "low")):
+            if f"s_{opposite}" in found:
+                figures[f"tokens_per_s_batch_{size}_{end}"] = tokens / found[f"s_{opposite}"]
         if not meter.absent and joules > 0:
             figures["joules_per_token"] = joules / (tokens * times)
         else:
@@ -122,7 +127,7 @@ def measure_here(asked: dict[str, Any]) -> Efficiency:
     first, following = zip(
         *(_timed_tokens(scorer, prompt, config["new_tokens"], finish) for _ in range(config["repeats"])), strict=True
     )
-    figures |= {"first_token_s": statistics.median(first), "token_s": statistics.median(following)}
+    figures |= {**median_with_interval("first_token_s", first), **median_with_interval("token_s", following)}
     figures |= {"peak_memory_bytes": _peak_bytes(), "base_memory_bytes": base_bytes, "prompt_tokens": len(prompt)}
     if on_gpu:
         figures |= {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "base_memory_bytes": 0}
@@ -164,8 +169,8 @@ def machine(threads: int, on_gpu: bool) -> dict[str, str]:
     return {**found, "python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
-def _timed(work: Callable[[], Any], repeats: int, finish: Callable[[], None]) -> tuple[float, int]:
-    """The median of the seconds that `work` takes, and how often it was done."""
+def _timed(work: Callable[[], Any], repeats: int, finish: Callable[[], None]) -> tuple[list[float], int]:
+    """The seconds that `work` takes, in each repetition, and how often it was done in all."""
     work()
     started, once = time.perf_counter(), 0
     while once == 0 or time.perf_counter() - started < _LEAST_S:
@@ -179,7 +184,7 @@ def _timed(work: Callable[[], Any], repeats: int, finish: Callable[[], None]) ->
             work()
         finish()
         found.append((time.perf_counter() - started) / once)
-    return statistics.median(found), 1 + once * repeats
+    return found, 1 + once * repeats
 
 
 def _timed_tokens(scorer: Any, prompt: list[int], count: int, finish: Callable[[], None]) -> tuple[float, float]:

@@ -69,8 +69,7 @@ def _facts(
     config: RunConfig, outputs: dict[str, dict[str, Any]], keys: dict[str, str], details: list[dict[str, Any]]
 ) -> dict[str, str]:
     machine = details[0]["machine"]
-    hardware = [part for part in ("processor", "gpu", "system") if part in machine]
-    versions = [f"{part} {machine[part]}" for part in machine if part not in (*hardware, "threads")]
+    versions = [f"{part} {machine[part]}" for part in machine if part not in (*_HARDWARE, "threads")]
     prepared = outputs.get("prepare", {})
     prints = {
         "config": fingerprint(config.identity()),
@@ -80,11 +79,18 @@ def _facts(
     }
     return {
         "Measured": " and ".join(dict.fromkeys(part["measured_at"] for part in details)),
-        "Machine": f"{', '.join(machine[part] for part in hardware)}; {machine['threads']} threads",
+        "Machine": " and ".join(dict.fromkeys(_machine(part["machine"]) for part in details)),
         "Versions": ", ".join(versions),
         "Storage": config.storage,
         "Fingerprints": ", ".join(f"{name} {value}" for name, value in prints.items() if value is not None),
     }
+
+
+_HARDWARE = ("processor", "gpu", "system")
+
+
+def _machine(found: dict[str, str]) -> str:
+    return f"{', '.join(found[part] for part in _HARDWARE if part in found)}; {found['threads']} threads"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -101,8 +107,9 @@ def _quality(models: dict[str, dict[str, Any]]) -> ReportTable:
     for name, figures in models.items():
         cells = [Cell(f"{figures['positions']:,} tokens", f"{figures['rows']:,} rows")]
         for figure, write in columns.values():
-            ends = [write(figures[f"{figure}{end}"]) for end in ("_low", "_high") if f"{figure}{end}" in figures]
-            cells.append(Cell(write(figures[figure]) if figure in figures else _ABSENT, " to ".join(ends)))
+            cells.append(
+                Cell(write(figures[figure]) if figure in figures else _ABSENT, _interval(figures, figure, write))
+            )
         rows.append((title(name), cells))
     return ReportTable(
         "Quality on held-out text",
@@ -119,9 +126,8 @@ def _quality(models: dict[str, dict[str, Any]]) -> ReportTable:
 
 
 def _efficiency(models: dict[str, dict[str, Any]], details: list[dict[str, Any]]) -> ReportTable:
-    sizes = sorted(
-        {int(key.rpartition("_")[2]) for figures in models.values() for key in figures if "tokens_per_s_batch" in key}
-    )
+    batches = {key.removeprefix("tokens_per_s_batch_") for figures in models.values() for key in figures}
+    sizes = sorted(int(number) for number in batches if number.isdigit())
     columns: dict[str, tuple[str, Callable[[float], str]]] = {
         "parameters": ("parameters", lambda value: f"{value:,}"),
         "on disk": ("bytes", size),
@@ -139,10 +145,10 @@ def _efficiency(models: dict[str, dict[str, Any]], details: list[dict[str, Any]]
     notes: list[str] = []
     rows = []
     for name, figures in models.items():
-        cells = []
+        cells = [Cell(f"{figures['timings']} timings" if "timings" in figures else _ABSENT)]
         for column, (figure, write) in columns.items():
             if figure in figures:
-                cells.append(Cell(write(figures[figure])))
+                cells.append(Cell(write(figures[figure]), _interval(figures, figure, write)))
                 continue
             why = f"{column}: absent, {reasons.get(name, {}).get(figure, 'not measured')}"
             notes += [why] if why not in notes else []
@@ -151,8 +157,9 @@ def _efficiency(models: dict[str, dict[str, Any]], details: list[dict[str, Any]]
     base = max((figures["base_memory_bytes"] for figures in models.values()), default=0)
     prompt = max((figures["prompt_tokens"] for figures in models.values()), default=0)
     said = [
-        "Each model in a process of its own that did nothing else, medians of repetitions. Peak memory is the whole "
-        f"process, of which up to {size(base)} are there before the model (Python and its libraries).",
+        "Each model in a process of its own that did nothing else. Times and tokens/s are medians of so many timings; "
+        "below each its 95 % interval, whose ends are timings by rank (none for fewer than 6). Peak memory is the "
+        f"whole process, of which up to {size(base)} are there before the model (Python and its libraries).",
         f"First token: from a prompt of {prompt} tokens to the first new one; next token: one sequence, greedy, with a "
         "cache of keys and values (ONNX: without, the sequence is read anew). Tokens/s: held-out rows scored, loss "
         "included, that many rows at once.",
@@ -161,10 +168,15 @@ def _efficiency(models: dict[str, dict[str, Any]], details: list[dict[str, Any]]
     ]
     return ReportTable(
         "Size, memory and speed",
-        ["model", *columns],
+        ["model", "sample", *columns],
         rows,
         [*(f"[{n}] {why}" for n, why in enumerate(notes, 1)), *said],
     )
+
+
+def _interval(figures: dict[str, Any], figure: str, write: Callable[[float], str]) -> str:
+    """The ends of a figure's interval; empty if it has none."""
+    return " to ".join(write(figures[f"{figure}{end}"]) for end in ("_low", "_high") if f"{figure}{end}" in figures)
 
 
 def _compression(models: dict[str, dict[str, Any]]) -> list[ReportTable]:

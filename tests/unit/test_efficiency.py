@@ -17,6 +17,7 @@ from jobs.config import EvaluateConfig
 from jobs.evaluating import efficiency
 from jobs.evaluating.efficiency import count_flops, measure_efficiency
 from jobs.evaluating.energy import EnergyMeter, find_zones
+from jobs.evaluating.intervals import median_with_interval
 from jobs.quantization.torch_scorer import TorchScorer
 from jobs.training.data import Row, RowId
 from tests import tiny
@@ -32,7 +33,7 @@ def test_efficiency_of_a_model_is_measured_in_a_process_of_its_own(tmp_path):
     model = tiny.model("llama", **changes)
     model.save_pretrained(tmp_path / "m")
     held = np.ones(1 << 26)  # half a gigabyte of this process, which is none of the model's
-    config = EvaluateConfig(speed_batches=[2, 1], prompt_tokens=12, new_tokens=3, repeats=2)
+    config = EvaluateConfig(speed_batches=[2, 1], prompt_tokens=12, new_tokens=3, repeats=6)
     found = measure_efficiency(str(tmp_path / "m"), "float", [row(24), row(30)], config, 1)
     assert held.all()
     figures = found.figures
@@ -45,11 +46,30 @@ def test_efficiency_of_a_model_is_measured_in_a_process_of_its_own(tmp_path):
     assert figures["tokens_per_s"] == figures["tokens_per_s_batch_2"] > 0
     assert figures["tokens_per_s_batch_1"] > 0
     assert figures["prompt_tokens"] == 12
+    assert figures["timings"] == 6
+    for name in ("first_token_s", "token_s", "tokens_per_s_batch_1", "tokens_per_s_batch_2"):
+        assert figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"]
+        assert figures[f"{name}_low"] < figures[f"{name}_high"]
     assert 0 < figures["token_s"] < 10
     assert 0 < figures["first_token_s"] < 10
     assert "flops_per_token" in figures
     assert ("joules_per_token" in figures) != bool(found.absent.get("joules_per_token"))
     assert found.machine["torch"] == torch.__version__
+
+
+def test_interval_of_a_median_holds_it_nineteen_times_of_twenty():
+    draw = np.random.default_rng(0)
+    for count in (6, 30):
+        held = 0
+        for _ in range(200):
+            found = median_with_interval("x_s", draw.lognormal(0.0, 1.0, count))  # whose median is 1
+            held += found["x_s_low"] <= 1.0 <= found["x_s_high"]
+        assert held / 200 > 0.93, count
+        assert found["x_s_low"] <= found["x_s"] <= found["x_s_high"]
+    assert median_with_interval("x_s", [3.0, 1.0, 2.0, 9.0, 1.0]) == {
+        "x_s": 2.0
+    }  # the extremes of five hold it 15 in 16
+    assert median_with_interval("x_s", [6.0, 1, 2, 3, 4, 5]) == {"x_s": 3.5, "x_s_low": 1.0, "x_s_high": 6.0}
 
 
 def test_process_that_ends_without_figures_is_named(tmp_path):

@@ -47,6 +47,13 @@ def figures(number):
         "tokens_per_s_batch_1": 9_001 + number,
         "tokens_per_s_batch_8": 19_001 + number,
         "tokens_per_s": 19_001 + number,
+        "timings": 6 + number,
+        "first_token_s_low": 0.0701 + number / 1000,
+        "first_token_s_high": 0.0731 + number / 1000,
+        "token_s_low": 0.00602 + number / 10000,
+        "token_s_high": 0.00632 + number / 10000,
+        "tokens_per_s_batch_8_low": 18_001 + number,
+        "tokens_per_s_batch_8_high": 20_001 + number,
         "joules_per_token": 0.0123 + number / 1000,
         "task/quiz/acc": 0.61 + number / 100,
         "task/quiz/acc_norm": 0.71 + number / 100,
@@ -149,6 +156,11 @@ def test_report_has_every_model_with_every_figure():
             f"{1.23 + number / 100:.3g} G",
         ]
         expected += [f"{71.1 + number:.1f}", f"{6.12 + number / 10:.2f}", f"{9001 + number:,}", f"{19001 + number:,}"]
+        expected += [f"{6 + number} timings", f"{70.1 + number:.1f} to {73.1 + number:.1f}"]
+        expected += [
+            f"{6.02 + number / 10:.2f} to {6.32 + number / 10:.2f}",
+            f"{18001 + number:,} to {20001 + number:,}",
+        ]
         expected += [f"{0.0123 + number / 1000:.3g}", f"{8.1 / (8.1 - number):.2f} ×"]
         expected += [f"{100 * 1.1111 / f['bits_per_byte']:.1f} %", f"{100 * (0.36 + number / 100) / 0.36:.1f} %"]
         for text in expected:
@@ -172,6 +184,23 @@ def test_report_says_what_was_measured_where_and_with_what():
     assert "python 3.11.7, torch 2.13, transformers 5.23<" in html
     for text in ("stage train s0", "stage quantize q0", "s3://bucket/mine", "sequence_length: 64", "<h1>mine"):
         assert text in html
+
+
+def test_report_names_both_machines_where_stages_ran_on_two():
+    found = outputs()
+    found["quantize"]["details"]["machine"] = {**MACHINE, "processor": "Other CPU", "threads": "8"}
+    html = render_report(CONFIG, found, KEYS)
+    assert "Sample CPU, Linux x86_64; 2 threads and Other CPU, Linux x86_64; 8 threads" in html
+
+
+def test_report_of_figures_without_intervals_leaves_their_place_empty():
+    found = outputs()
+    for models in (found["evaluate"]["models"], found["quantize"]["models"]):
+        for of_model in models.values():  # as an older record has them
+            for name in [name for name in of_model if "_s" in name and name.endswith(("_low", "_high"))]:
+                del of_model[name]
+            del of_model["timings"]
+    assert "timings" not in " ".join(cell for row in Page(render_report(CONFIG, found, KEYS)).rows for cell in row)
 
 
 def test_report_needs_nothing_from_outside_and_no_script():
