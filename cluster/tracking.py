@@ -237,6 +237,30 @@ def set_alias(uri: str, model_name: str, alias: str, version: str) -> None:
     _client(uri).set_registered_model_alias(model_name, alias, version)
 
 
+def refused_write(uri: str) -> str | None:
+    """Which step of making, tagging and deleting a model is refused there, and why; None if all may be done.
+
+    The model has a name of its own, and nothing of it stays: what MLflow hides when it is asked to delete it are
+    experiments and runs, and none is made.
+    """
+    name, made = f"raystill-probe-{os.urandom(4).hex()}", False
+    client = _client(uri)
+    step = "made"
+    try:
+        client.create_registered_model(name)
+        made, step = True, "tagged"
+        client.set_registered_model_tag(name, "raystill.probe", "true")
+        made, step = False, "deleted"
+        client.delete_registered_model(name)
+    except Exception as error:  # of MLflow's server, of a proxy before it, of the wire
+        return f"a model cannot be {step}: {_first_line(error)}"
+    finally:
+        if made:
+            with contextlib.suppress(Exception):
+                client.delete_registered_model(name)
+    return None
+
+
 def version_uri(model: str, uri: str | None = None) -> str:
     """Where the files of `models:/NAME@ALIAS` or `models:/NAME/VERSION` lie.
 

@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 from cluster.api_keys import has_keys, is_loopback
 from cluster.champions import database_url, open_database
 from cluster.storage import LocalStorage, Storage, open_storage
-from cluster.tracking import tracking_uri
+from cluster.tracking import refused_write, tracking_uri
 from jobs.config import RunConfig
 from jobs.corpus import find_sources
 from jobs.examining.check import Check
@@ -100,7 +100,7 @@ def check_sources(where: str, config: RunConfig) -> Iterator[Check]:
 
 
 def check_tracking(where: str, state_directory: Path, needs_server: bool) -> Iterator[Check]:
-    """A real query to MLflow, and whether it asks who is there."""
+    """A real query to MLflow, whether it may be written from here, and whether it asks who is there."""
     uri = tracking_uri(state_directory)
     host = urlparse(uri)
     if not uri.startswith(("http://", "https://")):
@@ -121,6 +121,11 @@ def check_tracking(where: str, state_directory: Path, needs_server: bool) -> Ite
         yield Check(where, "MLflow", "failure", f"{shown}: {type(error).__name__}", fix)
         return
     yield Check(where, "MLflow", "ok", f"{shown} answers in {(time.perf_counter() - started) * 1000:.0f} ms")
+    if refused := refused_write(uri):
+        fix = "give this MLFLOW_TRACKING_USERNAME the right to create models and experiments; see the server's log"
+        yield Check(where, "MLflow, write", "failure", refused, fix)
+    else:
+        yield Check(where, "MLflow, write", "ok", "a model was made, tagged and deleted")
     if not is_loopback(host.hostname or "localhost") and _answers_anybody(f"{shown}{host.path}"):
         fix = "start it with --app-name basic-auth, or put an authenticating proxy before it"
         yield Check(where, "MLflow, authentication", "failure", f"{shown} answers anybody", fix)

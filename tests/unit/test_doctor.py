@@ -38,12 +38,14 @@ def made(tmp_path, **changes):
 
 @pytest.fixture
 def server():
-    """An HTTP server that answers with what the test says: status, headers, texts by path."""
-    answer = {"status": 200, "headers": {}, "texts": {}}
+    """An HTTP server that answers with what the test says: status, headers, texts by path, paths that are forbidden.
+    What is written to it is kept."""
+    answer = {"status": 200, "headers": {}, "texts": {}, "forbidden": [], "written": []}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response_only(answer["status"])
+            forbidden = any(self.path.endswith(path) for path in answer["forbidden"])
+            self.send_response_only(403 if forbidden else answer["status"])
             for name, value in answer["headers"].items():
                 self.send_header(name, value)
             text = answer["texts"].get(self.path, "").encode()
@@ -52,6 +54,13 @@ def server():
             self.wfile.write(text)
 
         do_HEAD = do_GET
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            answer["written"].append((self.command, self.path.rpartition("/")[2], body))
+            self.do_GET()
+
+        do_DELETE = do_POST
 
         def log_message(self, *arguments):
             pass
@@ -162,6 +171,29 @@ def test_mlflow_that_does_not_answer_is_a_failure(tmp_path, monkeypatch):
     [check] = services.check_tracking("here", tmp_path, False)
     assert check.status == "failure"
     assert "word" not in check.found
+
+
+@pytest.mark.parametrize(
+    ("forbidden", "status", "said"),
+    [([], "ok", "made, tagged and deleted"), (["create"], "failure", "made"), (["set-tag"], "failure", "tagged")],
+)
+def test_mlflow_is_written_and_nothing_stays_there(server, tmp_path, monkeypatch, forbidden, status, said):
+    url, answer = server
+    models = "/api/2.0/mlflow/registered-models"
+    answer["texts"] = dict.fromkeys(
+        (f"{models}/set-tag", f"{models}/delete", "/api/2.0/mlflow/experiments/search"), "{}"
+    )
+    answer["texts"][f"{models}/create"] = json.dumps({"registered_model": {"name": "x"}})
+    answer["forbidden"] = [f"{models}/{path}" for path in forbidden]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    reads, writes = services.check_tracking("here", tmp_path, True)
+    assert (reads.what, reads.status) == ("MLflow", "ok")
+    assert (writes.what, writes.status) == ("MLflow, write", status)
+    assert said in writes.found
+    assert ("right to create models" in writes.fix) == (status == "failure")
+    names = {path: body["name"] for _, path, body in answer["written"] if path in ("create", "delete")}
+    assert names["create"].startswith("raystill-probe-")
+    assert names.get("delete") == (None if forbidden == ["create"] else names["create"])
 
 
 def test_dashboard_open_or_closed(server, monkeypatch):

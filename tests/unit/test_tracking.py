@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from cluster.errors import ModelError, RegistryFailed
 from cluster.pretrained import locate
-from cluster.tracking import Tracker, register_version, set_alias, tracking_uri, version_uri
+from cluster.tracking import Tracker, refused_write, register_version, set_alias, tracking_uri, version_uri
 
 ROOT = Path(__file__).parents[2]
 
@@ -203,6 +203,15 @@ def test_register_the_same_directory_twice_is_one_version(uri):
     assert register_version(uri, "twice", "file:///b", "1" * 64, None, {}) == "3"
     tags = MlflowClient(uri).get_model_version("twice", "1").tags
     assert tags == {"scheme": "x", "manifest_sha256": "1" * 64}
+
+
+def test_right_to_write_is_proved_and_nothing_stays(uri, dead):
+    before = [model.name for model in MlflowClient(uri).search_registered_models()]
+    assert refused_write(uri) is None
+    assert [model.name for model in MlflowClient(uri).search_registered_models()] == before
+    refused = refused_write(dead)
+    assert refused.startswith("a model cannot be made: ")
+    assert "hunter2" not in refused
 
 
 def test_register_a_dead_registry_raises(dead):
