@@ -13,6 +13,7 @@ from cluster.storage import LocalStorage, open_storage
 from cluster.submissions import Submissions
 from jobs.config import RunConfig
 from jobs.examining.check import Check, guarded
+from jobs.examining.clock import check_clock
 from jobs.examining.machine import (
     check_gpus,
     check_room,
@@ -21,9 +22,8 @@ from jobs.examining.machine import (
     versions,
     wanted_versions,
 )
-from jobs.examining.ray_cluster import check_dashboard, check_same_ray, from_inside, nodes_report
+from jobs.examining.ray_cluster import check_dashboard, check_dashboard_clock, check_same_ray, from_inside, nodes_report
 from jobs.examining.services import (
-    check_clock,
     check_database,
     check_endpoint,
     check_sources,
@@ -54,6 +54,7 @@ def examine(config: RunConfig | None, address: str | None) -> list[Check]:
     checks += guarded(f"cluster {address}", "dashboard", lambda: check_dashboard(address))
     checks += guarded(f"cluster {address}", "token", lambda: check_same_ray(address, here))
     if not any(check.status == "failure" and check.what in ("dashboard", "token", "ray") for check in checks):
+        checks += guarded(f"cluster {address}", "clock", lambda: check_dashboard_clock(address))
         checks += guarded(f"cluster {address}", "nodes", lambda: _examine_nodes(config, address, here))
     return checks
 

@@ -4,6 +4,7 @@ Its nodes from inside: a job that has every node look at itself, with the rights
 """
 
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from cluster.api_keys import is_loopback
 from cluster.errors import ClusterUnreachable
 from cluster.submissions import Submissions, check_dashboard_address
 from jobs.examining.check import Check
+from jobs.examining.clock import ahead_s, check_skew, server_ahead_s
 
 _TIMEOUT_S = 10.0
 
@@ -60,6 +62,14 @@ def check_same_ray(address: str, here: dict[str, str]) -> Iterator[Check]:
         yield Check(where, "ray", "ok", there)
 
 
+def check_dashboard_clock(address: str) -> Iterator[Check]:
+    """The head's clock beside this machine's, whose records will stand beside each other."""
+    url = check_dashboard_address(address)
+    head_ahead_s = server_ahead_s(f"{url}/api/version", _opener(url).open)
+    if head_ahead_s is not None:
+        yield check_skew(f"cluster {url}", head_ahead_s, "this machine's")
+
+
 def nodes_report() -> dict[str, Any]:
     """What every living node of the connected Ray says about itself.
 
@@ -69,18 +79,21 @@ def nodes_report() -> dict[str, Any]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(num_cpus=0)(_look_at_this_node)
+    look, now = ray.remote(num_cpus=0)(_look_at_this_node), ray.remote(num_cpus=0)(_now)
     asked = {}
     for node in ray.nodes():
         if node["Alive"]:
             store = node["Resources"].get("object_store_memory", 0.0)
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             name = f"node {node['NodeManagerAddress']} {node['NodeID'][:8]}"
-            asked[name] = look.options(scheduling_strategy=there).remote(name, store, node["Resources"].get("GPU", 0))
+            answer = look.options(scheduling_strategy=there).remote(name, store, node["Resources"].get("GPU", 0))
+            asked[name] = answer, now.options(scheduling_strategy=there)
     report = {}
-    for name, answer in asked.items():
+    for name, (answer, clock) in asked.items():
         try:
             report[name] = ray.get(answer, timeout=120)
+            node_ahead_s = ahead_s(lambda clock=clock: ray.get(clock.remote(), timeout=60))
+            report[name]["checks"].append(check_skew(name, node_ahead_s, "the head's").as_json())
         except Exception as error:  # a node that cannot say how it is
             reason = " ".join(str(error).split())[:200]
             missing = Check(name, "answers", "failure", f"{type(error).__name__}: {reason}", "see its logs")
@@ -98,6 +111,10 @@ def _look_at_this_node(where: str, object_store_bytes: float, gpus: float) -> di
         *check_gpus(where, gpus),
     ]
     return {"versions": found, "checks": [check.as_json() for check in checks]}
+
+
+def _now() -> float:
+    return time.time()
 
 
 def from_inside(report: str, address: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
-"""What a run leans on: object storage, its clock, the corpus, MLflow, the champions' database, the endpoint's door."""
+"""What a run leans on: object storage, the corpus, MLflow, the champions' database, the endpoint's door."""
 
-import email.utils
 import os
 import time
 import urllib.error
@@ -12,14 +11,12 @@ from urllib.parse import urlparse
 
 from cluster.api_keys import has_keys, is_loopback
 from cluster.champions import database_url, open_database
-from cluster.storage import LocalStorage, Storage, open_storage
+from cluster.storage import LocalStorage, open_storage
 from cluster.tracking import refused_write, tracking_uri
 from jobs.config import RunConfig
 from jobs.corpus import find_sources
 from jobs.examining.check import Check
 
-_SKEW_WARNING_S, _SKEW_FAILURE_S = 5.0, 300.0
-"""S3 refuses requests that are signed fifteen minutes off; well before that the times of records mislead."""
 _TIMEOUT_S = 10.0
 
 
@@ -54,40 +51,6 @@ def check_storage(where: str, uri: str) -> Iterator[Check]:
     if isinstance(storage, LocalStorage):
         storage.root.mkdir(exist_ok=True)  # an empty root goes with its last object
     yield Check(where, "storage", "ok", f"{storage.uri}: write, read, list and delete, {seconds * 1000:.0f} ms each")
-
-
-def check_clock(where: str, uri: str) -> Iterator[Check]:
-    """This machine's clock beside the storage server's."""
-    storage = open_storage(uri)
-    skew_s = storage_clock_skew_s(storage)
-    if skew_s is None:
-        yield Check(where, "clock", "ok", f"{storage.uri} has this machine's")
-        return
-    found = f"{skew_s:+.0f} s from the storage server's"
-    if abs(skew_s) > _SKEW_FAILURE_S:
-        yield Check(where, "clock", "failure", found, "set the clock (chrony or systemd-timesyncd): S3 refuses beyond")
-    elif abs(skew_s) > _SKEW_WARNING_S:
-        yield Check(where, "clock", "warning", found, "set the clock (chrony or systemd-timesyncd)")
-    else:
-        yield Check(where, "clock", "ok", found)
-
-
-def storage_clock_skew_s(storage: Storage) -> float | None:
-    """Seconds by which this machine's clock is ahead of the server's; None where no server says a time."""
-    client = getattr(storage, "client", None)
-    if client is None:
-        return None
-    request = urllib.request.Request(client.meta.endpoint_url, method="HEAD")
-    before = time.time()
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-            stamp = answer.headers.get("Date")
-    except urllib.error.HTTPError as error:  # it says the time whatever it thinks of the question
-        stamp = error.headers.get("Date")
-    after = time.time()
-    if not stamp:
-        return None
-    return (before + after) / 2 - (email.utils.parsedate_to_datetime(stamp).timestamp() + 0.5)
 
 
 def check_sources(where: str, config: RunConfig) -> Iterator[Check]:

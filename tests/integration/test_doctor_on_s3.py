@@ -3,7 +3,8 @@
 import pytest
 
 from cluster.storage import open_storage
-from jobs.examining.services import check_clock, check_storage
+from jobs.examining.clock import check_clock
+from jobs.examining.services import check_storage
 from tests.s3_server import READER, READER_SECRET
 
 pytestmark = pytest.mark.integration

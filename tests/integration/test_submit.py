@@ -152,6 +152,7 @@ def test_doctor_looks_at_the_nodes_and_at_the_storage_from_there(call, cluster, 
     assert found["cluster", "ray"]["status"] == "ok"
     assert found["node", "same versions"]["status"] == "ok", report
     assert {("node", "disk"), ("node", "GPUs"), ("head", "storage"), ("head", "champions")} <= found.keys()
+    assert found["node", "clock"]["status"] == found["cluster", "clock"]["status"] == "ok"
     assert found["head", "storage"]["status"] == "ok"
     assert done.returncode == (1 if report["failures"] else 0)
     refused = call("doctor", "--json", env=variables(RAY_AUTH_TOKEN="wrong" * 10))

@@ -12,9 +12,9 @@ from cluster.api_keys import create_key, opened_keys
 from cluster.champions import database_url
 from jobs.config import RunConfig
 from jobs.doctor import examine, line_of
-from jobs.examining import machine, services
+from jobs.examining import clock, machine, services
 from jobs.examining.check import Check, guarded
-from jobs.examining.ray_cluster import check_dashboard, from_inside
+from jobs.examining.ray_cluster import check_dashboard, check_dashboard_clock, from_inside
 from tests.command_line import free_port, last_json
 
 
@@ -145,8 +145,32 @@ def test_clock_is_compared_with_the_server(server, monkeypatch, offset_s, status
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
-    [check] = services.check_clock("here", "s3://bucket/x")
+    [check] = clock.check_clock("here", "s3://bucket/x")
     assert check.status == status, check
+
+
+@pytest.mark.parametrize(("offset_s", "status"), [(0, "ok"), (-60, "warning"), (3600, "failure")])
+def test_clock_of_a_cluster_is_compared_with_the_one_here(server, offset_s, status):
+    url, answer = server
+    answer["headers"]["Date"] = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + offset_s))
+    answer["status"] = 401
+    [check] = check_dashboard_clock(url)
+    assert (check.what, check.status) == ("clock", status)
+    assert abs(int(check.found.split()[0]) - offset_s) <= 1
+    assert "this machine's" in check.found
+    answer["headers"].clear()
+    assert not list(check_dashboard_clock(url))
+
+
+def test_clock_of_a_node_is_known_as_well_as_the_soonest_answer_knows_it():
+    pauses = iter([0.3, 0.0, 0.3])
+
+    def there():
+        now = time.time()
+        time.sleep(next(pauses))
+        return now + 100
+
+    assert clock.ahead_s(there) == pytest.approx(100, abs=0.1)
 
 
 def test_endpoint_that_anybody_reaches_needs_keys(tmp_path):
