@@ -139,12 +139,12 @@ def add_cluster_commands(app: typer.Typer, guard: Guard, load: Load) -> None:
         def work() -> None:
             from rich.console import Console
 
-            from cluster.connection import connect, in_a_job
+            from cluster.connection import ClusterConfig, connect, in_a_job
             from jobs.doctor import examine, examine_from_inside, line_of
 
             loaded = None if config is None else load(config, overrides)
-            if address is None and in_a_job() and loaded is not None:
-                with connect(loaded.cluster):
+            if address is None and in_a_job():
+                with connect(loaded.cluster if loaded is not None else ClusterConfig()):
                     typer.echo(json.dumps(examine_from_inside(loaded)))
                 return
             checks = examine(loaded, address)

@@ -31,7 +31,7 @@ from jobs.examining.services import (
     check_tracking,
 )
 from jobs.preflight import wanted_gpus
-from jobs.submit import check_paths, submit
+from jobs.submit import submit, submit_doctor
 
 _HERE = "this machine"
 
@@ -41,7 +41,7 @@ def examine(config: RunConfig | None, address: str | None) -> list[Check]:
 
     Args:
         config: whose storage, sources, records and GPUs are looked at too.
-        address: dashboard of a cluster; its nodes are looked at instead of what only they need.
+        address: dashboard of a cluster; its nodes are looked at instead of what only they need, also without a config.
     """
     here = versions()
     checks = guarded(_HERE, "versions", lambda: check_versions(_HERE, here, wanted_versions()))
@@ -59,11 +59,13 @@ def examine(config: RunConfig | None, address: str | None) -> list[Check]:
     return checks
 
 
-def examine_from_inside(config: RunConfig) -> dict[str, Any]:
-    """What the job of a doctor reports: every node's checks and versions, and the services as its head reaches them."""
+def examine_from_inside(config: RunConfig | None) -> dict[str, Any]:
+    """What the job of a doctor reports: every node's checks and versions, and a run's services as its head reaches
+    them."""
     report = nodes_report()
     checks = [item for node in report.values() for item in node["checks"]]
-    checks += [check.as_json() for check in _examine_services("head", config)]
+    if config is not None:
+        checks += [check.as_json() for check in _examine_services("head", config)]
     return {"checks": checks, "versions": {name: node["versions"] for name, node in report.items()}}
 
 
@@ -82,15 +84,14 @@ def _examine_services(where: str, config: RunConfig) -> list[Check]:
 
 def _examine_nodes(config: RunConfig | None, address: str, here: dict[str, str]) -> list[Check]:
     """Has a job look at the nodes, and compares what they have with this machine."""
-    if config is None:
-        fix = "give a CONFIG to see them, and its storage from there"
-        return [Check(f"cluster {address}", "nodes", "warning", "not looked at", fix)]
-    check_paths(config)
     cluster = Submissions(address)
-    job_id = f"raystill-doctor-{fingerprint([config.name, time.time_ns()])}"
-    submitted = submit(config, "doctor", cluster, lambda line: None, job_id)
+    job_id = f"raystill-doctor-{fingerprint([config and config.name, time.time_ns()])}"
+    if config is None:
+        submit_doctor(cluster, job_id)
+    else:
+        submit(config, "doctor", cluster, lambda line: None, job_id)
     log: list[str] = []
-    cluster.follow(submitted.job.id, log.append, lambda line: None)
+    cluster.follow(job_id, log.append, lambda line: None)
     report = from_inside("".join(log), cluster.address)
     checks = [Check(**item) for item in report["checks"]]
     for name, found in report["versions"].items():

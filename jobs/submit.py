@@ -107,6 +107,13 @@ def submit(
                 return Submitted(taken, False)
 
 
+def submit_doctor(cluster: Submissions, job_id: str) -> None:
+    """Has the head look at the nodes, with nothing but code: what no run is needed for."""
+    with tempfile.TemporaryDirectory(prefix="raystill-submit-") as name:
+        write_working_directory(Path(name), None, True)
+        cluster.submit(job_id, "python -m jobs doctor", {"working_dir": name}, {_COMMAND: "doctor"})
+
+
 def default_id(config: RunConfig, command: str) -> str:
     """The id of a run's first job, whose later ones have a number behind it: the same for the same config and command,
     whoever submits it from wherever."""
@@ -168,14 +175,15 @@ def _is_local_model(value: str) -> bool:
     return value.startswith((".", "~")) or Path(value).is_dir()
 
 
-def write_working_directory(directory: Path, config: RunConfig, with_code: bool) -> tuple[int, int]:
+def write_working_directory(directory: Path, config: RunConfig | None, with_code: bool) -> tuple[int, int]:
     """Fills a directory with what the job works from.
 
     Returns:
         The number of files, and their bytes.
     """
-    text = yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
-    (directory / f"{config.name}.yaml").write_text(text, encoding="utf-8")
+    if config is not None:
+        text = yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+        (directory / f"{config.name}.yaml").write_text(text, encoding="utf-8")
     if with_code:
         root = Path(__file__).parents[1]
         for package in PACKAGES:

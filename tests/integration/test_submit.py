@@ -155,6 +155,10 @@ def test_doctor_looks_at_the_nodes_and_at_the_storage_from_there(call, cluster, 
     assert found["node", "clock"]["status"] == found["cluster", "clock"]["status"] == "ok"
     assert found["head", "storage"]["status"] == "ok"
     assert done.returncode == (1 if report["failures"] else 0)
+    alone = json.loads(call("doctor", "--json").stdout.strip().splitlines()[-1])["checks"]
+    assert {(where, what) for where, what in found if where in ("cluster", "node")} == {
+        (check["where"].split()[0], check["what"]) for check in alone if check["where"] != "this machine"
+    }, "without a config the nodes are looked at too"
     refused = call("doctor", "--json", env=variables(RAY_AUTH_TOKEN="wrong" * 10))
     assert refused.returncode == 1
     assert "does not take the token" in refused.stdout

@@ -1,7 +1,9 @@
 """Each check of the doctor on a service that is well and on one that is not."""
 
+import contextlib
 import http.server
 import json
+import os
 import threading
 import time
 
@@ -257,6 +259,39 @@ def test_report_from_inside_is_the_line_of_json():
     [check] = guarded("cluster", "nodes", lambda: [from_inside("Traceback\nValueError: no", "http://head")])
     assert check.status == "failure"
     assert "ValueError: no" in check.found
+
+
+def test_nodes_are_looked_at_without_a_config_too(monkeypatch):
+    """The job that is handed in is run here in its directory, with a cluster of one node."""
+    from typer.testing import CliRunner
+
+    from jobs.__main__ import app
+
+    class Cluster:
+        def __init__(self, address):
+            self.address = address
+
+        def submit(self, job_id, entrypoint, runtime_env, metadata):
+            assert sorted(os.listdir(runtime_env["working_dir"])) == ["cluster", "jobs", "services"]
+            assert not runtime_env.keys() - {"working_dir"}
+            self.words = entrypoint.split()
+
+        def follow(self, job_id, write, say):
+            assert self.words[:3] == ["python", "-m", "jobs"]
+            with monkeypatch.context() as inside:
+                inside.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+                write(CliRunner().invoke(app, self.words[3:]).output)
+
+    disk = Check("node 10.0.0.7", "disk", "ok", "much")
+    report = {"node 10.0.0.7": {"versions": machine.versions(), "checks": [disk.as_json()]}}
+    monkeypatch.setattr("jobs.doctor.Submissions", Cluster)
+    monkeypatch.setattr("jobs.doctor.nodes_report", lambda: report)
+    monkeypatch.setattr("cluster.connection.connect", lambda config: contextlib.nullcontext())
+    for name in ("check_dashboard", "check_dashboard_clock"):
+        monkeypatch.setattr(f"jobs.doctor.{name}", lambda address: [])
+    monkeypatch.setattr("jobs.doctor.check_same_ray", lambda address, here: [])
+    there = [check for check in examine(None, "http://head:8265") if check.where != "this machine"]
+    assert there == [disk, Check("node 10.0.0.7", "same versions", "ok", f"{len(machine.versions())} as here")]
 
 
 def test_a_check_that_raises_is_a_failure_and_not_an_end():
