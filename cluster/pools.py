@@ -20,7 +20,10 @@ Pool = Literal["teacher", "student", "endpoint"]
 
 
 class PoolsConfig(Config):
-    """Node labels, beside the slot, that a pool's nodes must have, for example `{ray.io/market-type: spot}`."""
+    """Node labels, beside the slot, that a pool's nodes must have, for example `teacher_labels: {market: spot}`.
+
+    They are those that nodes were given. Ray's own are few: `ray.io/market-type` is on no node that `ray up` made.
+    """
 
     teacher_labels: dict[str, str] = execution({})
     student_labels: dict[str, str] = execution({})
