@@ -151,6 +151,16 @@ def test_alerts_expect_nothing_of_a_gauge_that_goes_with_its_replica():
     assert all(re.search(r"(^| )0 stale$", item["values"]) for item in series if re.search(r"\b0\b", item["values"]))
 
 
+def test_alerts_tell_of_teachers_that_never_came_and_of_those_that_went():
+    """Of the first there is no gauge of a replica; Serve's word for their state is there from the start."""
+    from ray.serve._private.common import DeploymentStatus
+
+    starting = f'ray_serve_deployment_status{{deployment="Teacher"}} == {DeploymentStatus.UPDATING.to_numeric()}'
+    asking = {expression: name for name, expression in alerts() if 'status{deployment="Teacher"}' in expression}
+    assert [name for expression, name in asking.items() if starting in expression] == ["TeacherDoesNotCome"]
+    assert [name for expression, name in asking.items() if starting.replace("==", "!=") in expression] == ["NoTeacher"]
+
+
 def test_prometheus_scrapes_the_port_that_the_stack_exports():
     scrape = yaml.safe_load((ROOT / "infra/monitoring/prometheus.yml").read_text())
     [job] = scrape["scrape_configs"]
