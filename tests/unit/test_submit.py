@@ -204,6 +204,26 @@ def test_submit_sends_no_variable_of_the_caller(monkeypatch):
     assert CANARY not in str(vars(cluster))
 
 
+def test_submit_to_an_image_with_raystill_sends_the_config_alone(monkeypatch, tmp_path):
+    from typer.testing import CliRunner
+
+    from jobs.__main__ import app
+
+    cluster, config, pip = Cluster(), tmp_path / "small.yaml", tmp_path / "requirements.txt"
+    config.write_text(made().model_dump_json(by_alias=True))
+    pip.write_text("gguf>=0.19\n")
+    monkeypatch.setattr("cluster.submissions.Submissions", lambda address: cluster)
+    asked = ["submit", str(config), "--detach", "--image-has-raystill", "--pip", str(pip)]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    assert "config, 1 files" in done.stderr
+    assert cluster.directories == [["small.yaml"]]
+    assert [job.entrypoint for job in cluster.all()] == ["python -m jobs run small.yaml"]
+    assert set(cluster.runtime_env) == {"env_vars", "pip", "working_dir"}
+    assert set(cluster.runtime_env["env_vars"]) == {"RAY_JOB_STOP_WAIT_TIME_S"}
+    assert cluster.runtime_env["pip"] == {"packages": ["gguf>=0.19"], "pip_check": False}
+
+
 def test_working_directory_holds_config_and_code_alone(tmp_path):
     files, size_bytes = write_working_directory(tmp_path, made(), True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cluster", "jobs", "services", "small.yaml"]
