@@ -31,13 +31,23 @@ class PostgresServer:
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://{USER}:{SECRET}@127.0.0.1:{self.port}/{database}"
 
-    def make_database(self, name: str) -> str:
-        """An empty database; returns its URL."""
+    def make_database(self, name: str, password: str | None = None) -> str:
+        """An empty database; returns its URL.
+
+        Args:
+            password: of a user of the same name, whose database it is.
+        """
         import psycopg
+        from psycopg.sql import SQL, Identifier, Literal
 
         with psycopg.connect(self.url(), autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"'.encode())
-        return self.url(name)
+            if password is None:
+                connection.execute(SQL("CREATE DATABASE {}").format(Identifier(name)))
+                return self.url(name)
+            user = Identifier(name)
+            connection.execute(SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(user, Literal(password)))
+            connection.execute(SQL("CREATE DATABASE {} OWNER {}").format(user, user))
+        return f"postgresql://{name}:{password}@127.0.0.1:{self.port}/{name}"
 
 
 def programs() -> Path | None:

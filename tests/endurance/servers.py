@@ -4,12 +4,14 @@ Everything that raystill keeps is on a server of its kind: corpora, checkpoints 
 runs and versions on MLflow, whose records are on PostgreSQL and whose artefacts are on S3, champions on PostgreSQL. Two
 runs of the shipped demo under two names share all of them and the machine. They have the same seed, so each must see
 the same rows and come to the same losses (as far as bfloat16 does: teachers merge the requests that are there), and
-MLflow must have every step of each, once. The last line is JSON.
+MLflow must have every step of each, once. The secrets that the runs were given must be in no log of their Rays, in
+nothing that MLflow, S3 or the champions' database keeps, and in none of their directories. The last line is JSON.
 """
 
 import argparse
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -21,10 +23,12 @@ from rich.table import Table
 
 from tests import mlflow_server, postgres_server, s3_server
 from tests.command_line import COMMAND, environment, free_port, last_json
+from tests.planted_secrets import Planted, kept_logs
 
 NAMES = ("first", "second")
 TEACHER_STEPS, STEPS = 1050, 450
 LARGEST_GAP = 0.01
+BUCKETS = ("bucket", "mlflow")
 DEMO = Path(__file__).parents[2] / "jobs" / "configs" / "demo.yaml"
 
 
@@ -72,6 +76,42 @@ def recorded(address: str, name: str) -> dict[str, Any]:
     }
 
 
+def planted_secrets(password: str) -> Planted:
+    """A search for what the runs are given.
+
+    Args:
+        password: in `RAYSTILL_DATABASE_URL`.
+    """
+    given = {"S3's key": s3_server.SECRET, "PostgreSQL's password": postgres_server.SECRET}
+    return Planted({**given, "RAYSTILL_DATABASE_URL's password": password})
+
+
+def search(
+    planted: Planted, s3: s3_server.S3Server, databases: list[str], directories: list[Path], logs: Path
+) -> list[str]:
+    """Where a secret was written, and what could not be searched; the environment has the key to S3.
+
+    Args:
+        databases: URLs of MLflow's and of the champions'.
+        directories: of the runs.
+        logs: of their Rays.
+    """
+    import boto3
+    from botocore.config import Config
+
+    client = boto3.client("s3", endpoint_url=s3.endpoint, config=Config(s3={"addressing_style": "path"}))
+    planted.in_files(logs)
+    unseen = [] if list(logs.rglob("raylet.out")) and list(logs.rglob("worker-*")) else ["no log of a Ray was kept"]
+    for directory in directories:
+        planted.in_files(directory)
+    for database in databases:
+        planted.in_database(database)
+    for bucket in BUCKETS:
+        planted.in_objects(client, bucket)
+    unseen += [f"no {kind} were searched" for kind in ("files", "rows", "objects") if not planted.searched[kind]]
+    return [f"a secret is in {place}" for place in planted.found] + unseen
+
+
 def reigning(database: str, name: str) -> str | None:
     from cluster.champions import current_champion, open_database
 
@@ -84,17 +124,25 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the demo's steps")
     share = parser.parse_args().share
     problems, rows = [], []
+    password = f"planted-{secrets.token_hex(12)}"
+    planted = planted_secrets(password)
     with (
         tempfile.TemporaryDirectory(prefix="raystill-servers-") as name,
+        # Sockets are below it: their paths are short. Ray's agents outlive their Ray by seconds.
+        tempfile.TemporaryDirectory(prefix="rs-", dir="/tmp", ignore_cleanup_errors=True) as rays,
         postgres_server.running() as postgresql,
         s3_server.running(Path(name)) as s3,
         mlflow_server.running(postgresql, s3, Path(name)) as address,
     ):
         s3.make_bucket("bucket")
-        database = postgresql.make_database("champions")
+        database = postgresql.make_database("champions", password)
         variables = {**s3.environment(), "MLFLOW_TRACKING_URI": address, "RAYSTILL_DATABASE_URL": database}
         os.environ.update(s3.environment())
-        summaries = run_both(Path(name), variables, share)
+        logs = Path(rays, "logs-of-rays")
+        with kept_logs(Path(rays), logs):
+            summaries = run_both(Path(name), {**variables, "TMPDIR": rays}, share)
+        directories = [Path(name, run) for run in NAMES]
+        problems += search(planted, s3, [postgresql.url("mlflow"), database], directories, logs)
         trainings = {name: summary["stages"]["train"] for name, summary in summaries.items()}
         for name, training in trainings.items():
             found = recorded(address, name)
@@ -118,7 +166,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*row)
     Console(stderr=True).print(table)
-    print(json.dumps({"runs": len(rows), "largest_loss_gap": gap, "problems": problems}))
+    print(json.dumps({"runs": len(rows), "largest_loss_gap": gap, "searched": planted.searched, "problems": problems}))
     sys.exit(1 if problems else 0)
 
 
