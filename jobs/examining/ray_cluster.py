@@ -3,6 +3,7 @@
 Its nodes from inside: a job that has every node look at itself, with the rights that jobs have there.
 """
 
+import functools
 import json
 import time
 import urllib.error
@@ -92,7 +93,7 @@ def nodes_report() -> dict[str, Any]:
     for name, (answer, clock) in asked.items():
         try:
             report[name] = ray.get(answer, timeout=120)
-            node_ahead_s = ahead_s(lambda clock=clock: ray.get(clock.remote(), timeout=60))
+            node_ahead_s = ahead_s(functools.partial(_answer, clock))
             report[name]["checks"].append(check_skew(name, node_ahead_s, "the head's").as_json())
         except Exception as error:  # a node that cannot say how it is
             reason = " ".join(str(error).split())[:200]
@@ -111,6 +112,12 @@ def _look_at_this_node(where: str, object_store_bytes: float, gpus: float) -> di
         *check_gpus(where, gpus),
     ]
     return {"versions": found, "checks": [check.as_json() for check in checks]}
+
+
+def _answer(clock: Any) -> float:
+    import ray
+
+    return float(ray.get(clock.remote(), timeout=60))
 
 
 def _now() -> float:
