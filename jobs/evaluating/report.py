@@ -161,8 +161,8 @@ def _efficiency(models: dict[str, dict[str, Any]], details: list[dict[str, Any]]
         "below each its 95 % interval, whose ends are timings by rank (none for fewer than 6). Peak memory is the "
         f"whole process, of which up to {size(base)} are there before the model (Python and its libraries).",
         f"First token: from a prompt of {prompt} tokens to the first new one; next token: one sequence, greedy, with a "
-        "cache of keys and values (ONNX: without, the sequence is read anew). Tokens/s: held-out rows scored, loss "
-        "included, that many rows at once.",
+        "cache of keys and values (an ONNX graph without one reads the sequence anew). Tokens/s: held-out rows scored, "
+        "loss included, that many rows at once.",
         "FLOPs: of a row read as one sequence, a multiplication and an addition being two. Energy: what the hardware "
         "counts while rows are scored, everything else on it included.",
     ]
