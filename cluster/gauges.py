@@ -1,9 +1,11 @@
 """Gauges that stay visible. Ray forgets a gauge that was not set for two export intervals (20 s), so one that is set
-when something changes is gone just when nothing moves any more: in a replica that hangs, or one that rests.
+when something changes is gone just when nothing moves any more: in a replica that hangs, or one that rests. A value
+that also changes when nobody sets it is given as a function, which is asked again each time.
 """
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 EVERY_S = 5.0
@@ -19,19 +21,23 @@ class LastingGauge:
 
     def __init__(self, gauge: Any, every_s: float = EVERY_S) -> None:
         self._gauge = gauge
-        self._last: dict[tuple[tuple[str, str], ...], float] = {}
+        self._last: dict[tuple[tuple[str, str], ...], float | Callable[[], float]] = {}
         self._lock = threading.Lock()
         threading.Thread(target=_repeat, args=(weakref.ref(self), every_s), name="gauge", daemon=True).start()
 
-    def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+    def set(self, value: float | Callable[[], float], tags: dict[str, str] | None = None) -> None:
         with self._lock:
             self._last[tuple(sorted((tags or {}).items()))] = value
-            self._gauge.set(value, tags=tags)
+            self._gauge.set(_now(value), tags=tags)
 
     def _again(self) -> None:
         with self._lock:
             for tags, value in self._last.items():
-                self._gauge.set(value, tags=dict(tags) or None)
+                self._gauge.set(_now(value), tags=dict(tags) or None)
+
+
+def _now(value: float | Callable[[], float]) -> float:
+    return value() if callable(value) else value
 
 
 def _repeat(reference: "weakref.ref[LastingGauge]", every_s: float) -> None:

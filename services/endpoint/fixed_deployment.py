@@ -41,9 +41,9 @@ class DirectoryEndpoint:
         """Called by Serve once the constructor is done."""
         served, name = self._model.served, self._arguments.model_name
         assert served is not None
-        answers, queue = RouterMetrics(name), VersionMetrics(name, served.champion.version)
-        api = build_api(self._arguments, self._model)
-        return put_recording_into(api, answers, queue, served.champion.version, lambda: served.model.load)
+        version, model = served.champion.version, served.model
+        queue = VersionMetrics(name, version, lambda: model.load.running + model.load.waiting)
+        return put_recording_into(build_api(self._arguments, self._model), version, RouterMetrics(name), queue)
 
 
 def app(args: dict[str, Any]) -> Application:

@@ -4,6 +4,8 @@ Requests, tokens and times are counted by the router, which sees what a user see
 A plain directory has no router: its replicas count all of it (`recording.py`).
 """
 
+from collections.abc import Callable
+
 from ray.serve import metrics
 
 from cluster.gauges import LastingGauge
@@ -76,10 +78,15 @@ class RouterMetrics:
 
 
 class VersionMetrics:
-    """The queue of a version, or of a plain directory. One for each replica."""
+    """The queue of a version, or of a plain directory. One for each replica.
 
-    def __init__(self, model_name: str, version: str) -> None:
-        self._tags = {"model": model_name, "version": version}
+    Args:
+        queue: how many requests run or wait now. It is asked every few seconds, too, since the work of a client that
+            left ends by itself.
+    """
+
+    def __init__(self, model_name: str, version: str, queue: Callable[[], int]) -> None:
+        self._tags, self._requests = {"model": model_name, "version": version}, queue
         self._queue = LastingGauge(
             metrics.Gauge(
                 "raystill_endpoint_queue",
@@ -88,5 +95,5 @@ class VersionMetrics:
             )
         )
 
-    def queue(self, requests: int) -> None:
-        self._queue.set(requests, tags=self._tags)
+    def tell_queue(self) -> None:
+        self._queue.set(self._requests, tags=self._tags)

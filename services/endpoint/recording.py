@@ -4,15 +4,12 @@ The innermost layer of the HTTP interface: behind keys and limits, in front of t
 just ends without its last message, which is how it is known.
 """
 
-from collections.abc import Callable
-
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.endpoint.canary import Observation
-from services.endpoint.engines.scheduler import Load
 from services.endpoint.envelope import ACCOUNT
 from services.endpoint.metering import Meter
 from services.endpoint.metrics import BROKEN, LEFT_BEFORE, LEFT_WITHIN, RouterMetrics, VersionMetrics
@@ -23,13 +20,10 @@ class Recording:
 
     Args:
         version: what stands for the version in the metrics.
-        load: what the model's queue holds now.
     """
 
-    def __init__(
-        self, app: ASGIApp, answers: RouterMetrics, queue: VersionMetrics, version: str, load: Callable[[], Load]
-    ) -> None:
-        self._app, self._answers, self._queue, self._version, self._load = app, answers, queue, version, load
+    def __init__(self, app: ASGIApp, version: str, answers: RouterMetrics, queue: VersionMetrics) -> None:
+        self._app, self._version, self._answers, self._queue = app, version, answers, queue
         self._in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +42,7 @@ class Recording:
                 status = message["status"]
             else:
                 ended = not message.get("more_body", False)
-                self._tell_queue()
+                self._queue.tell_queue()
             await send(message)
 
         self._count(1)
@@ -79,11 +73,7 @@ class Recording:
     def _count(self, change: int) -> None:
         self._in_flight += change
         self._answers.in_flight(self._version, self._in_flight)
-        self._tell_queue()
-
-    def _tell_queue(self) -> None:
-        load = self._load()
-        self._queue.queue(load.running + load.waiting)
+        self._queue.tell_queue()
 
 
 def _how_it_ended(status: int, ended: bool, failed: bool) -> str:
@@ -95,9 +85,7 @@ def _how_it_ended(status: int, ended: bool, failed: bool) -> str:
     return str(status) if ended else LEFT_WITHIN
 
 
-def put_recording_into(
-    api: FastAPI, answers: RouterMetrics, queue: VersionMetrics, version: str, load: Callable[[], Load]
-) -> FastAPI:
+def put_recording_into(api: FastAPI, version: str, answers: RouterMetrics, queue: VersionMetrics) -> FastAPI:
     """Puts the counting behind the keys and limits of an HTTP interface."""
-    api.user_middleware.append(Middleware(Recording, answers=answers, queue=queue, version=version, load=load))
+    api.user_middleware.append(Middleware(Recording, version=version, answers=answers, queue=queue))
     return api

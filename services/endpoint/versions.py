@@ -78,7 +78,7 @@ class Version:
         version = Champion(**artefact)
         self._model: Any = verified(load)(version)
         self._api = build_api(asked, OneVersion(Served(version, self._model)), place="behind")
-        self._metrics = VersionMetrics(asked.model_name, version.version)
+        self._metrics = VersionMetrics(asked.model_name, version.version, self._queue)
 
     def describe(self) -> dict[str, Any]:
         """What a router says about the version, and the requests in this replica's queue."""
@@ -119,13 +119,13 @@ class Version:
                     else:
                         content += message.get("body", b"")
                         done = not message.get("more_body", False)
-                self._metrics.queue(self._queue())
+                self._metrics.tell_queue()
                 yield status, answer_headers, bytes(content), meter.figures() if done else None
                 if not done:
                     await asyncio.wait({task}, timeout=_FLUSH_S)
         finally:
             task.cancel()
-            self._metrics.queue(self._queue())
+            self._metrics.tell_queue()
 
     # --- comparing ---
 

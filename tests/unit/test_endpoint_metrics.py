@@ -1,7 +1,9 @@
 """What Prometheus is told of every answer: by the router of several versions, and by a plain directory."""
 
 import asyncio
+import functools
 import json
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from cluster.gauges import LastingGauge
 from services.endpoint import metrics
 from services.endpoint.api import build_api
 from services.endpoint.errors import unavailable
@@ -59,6 +62,7 @@ class Exported:
 @pytest.fixture
 def exported(monkeypatch: pytest.MonkeyPatch) -> Exported:
     exported = Exported()
+    monkeypatch.setattr(metrics, "LastingGauge", functools.partial(LastingGauge, every_s=0.05))
     for kind in ("Counter", "Gauge", "Histogram"):
         monkeypatch.setattr(metrics.metrics, kind, exported.made)
     return exported
@@ -199,6 +203,11 @@ def test_plain_directory_counts_how_every_answer_ended(
     asyncio.run(ask(app, leave_after, model="big", stream=stream, max_tokens=400))
     assert exported.requests() == {(plain._model.served.champion.version, status): 1}
     assert exported.seen["requests_in_flight", "big", plain._model.served.champion.version][-1] == 0
+    queue = exported.seen["queue", "big", plain._model.served.champion.version]
+    deadline = time.monotonic() + 20
+    while queue[-1]:  # the work of a client that left is ended a little later
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 class Slow:

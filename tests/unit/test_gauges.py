@@ -33,6 +33,15 @@ def test_gauge_repeats_the_last_value_of_every_set_of_tags():
     assert set(map(str, inner.calls[-2:])) == {str((7, {"version": "1"})), str((3, None))}
 
 
+def test_gauge_reads_a_value_that_is_a_function_again():
+    inner, waiting = Recorder(), [1]
+    gauge = LastingGauge(inner, every_s=0.01)
+    gauge.set(lambda: len(waiting), {"version": "1"})
+    assert inner.calls == [(1, {"version": "1"})]
+    waiting.clear()
+    until(lambda: inner.calls[-1] == (0, {"version": "1"}))
+
+
 def test_gauge_thread_ends_with_it():
     before = set(threading.enumerate())
     gauge = LastingGauge(Recorder(), every_s=0.01)
