@@ -12,9 +12,13 @@ import pytest
 
 from cluster.errors import PortInUse
 from jobs.rollback import rollback
+from services.endpoint.api import build_api
 from services.endpoint.client import ask, check_port_free, start_endpoint
 from services.endpoint.errors import EndpointUnavailable
-from services.endpoint.schema import EndpointConfig
+from services.endpoint.fixed import FixedModel
+from services.endpoint.schema import DirectoryArguments, EndpointConfig
+from tests.endpoint_models import save_version
+from tests.local_http import served
 from tests.running_endpoint import MODEL, RunningEndpoint, running_endpoint, wait_until
 
 pytestmark = pytest.mark.integration
@@ -23,9 +27,19 @@ PROMPT = "the cat sat on 猫🐈"
 
 
 @pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEndpoint]:
+def teacher_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A plain directory with its interface, outside of Ray."""
+    directory = tmp_path_factory.mktemp("teacher")
+    save_version(directory, seed=5)
+    arguments = DirectoryArguments(model_name="big", directory=str(directory))
+    with served(build_api(arguments, FixedModel(arguments))) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory, teacher_url: str) -> Iterator[RunningEndpoint]:
     directory = tmp_path_factory.mktemp("endpoint")
-    with running_endpoint(directory) as running:
+    with running_endpoint(directory, teacher_url=teacher_url) as running:
         yield running
     shutil.rmtree(directory, ignore_errors=True)
 
@@ -86,6 +100,16 @@ def test_plain_client_asks_and_port_is_taken(endpoint: RunningEndpoint) -> None:
         ask(endpoint.url, "other", PROMPT, 8)
     with pytest.raises(PortInUse, match=str(endpoint.port)):
         check_port_free("127.0.0.1", endpoint.port)
+
+
+def test_client_asks_the_teacher_through_the_endpoint(endpoint: RunningEndpoint, teacher_url: str) -> None:
+    fields: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0, "stream": True}
+    chunks = endpoint.client().completions.create(model=f"{MODEL}@teacher", **fields)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == ask(teacher_url, "big", PROMPT, 40)
+    wait_until(lambda: endpoint.traffic()["big"].get("requests") == 1)
+    seen = endpoint.traffic()["big"]
+    assert (seen["alias"], seen["errors"], seen["problem"]) == ("teacher", 0, None)
+    assert seen["tokens_per_s"] > 0
 
 
 def test_endpoint_that_runs_is_not_replaced_by_another(endpoint: RunningEndpoint) -> None:
