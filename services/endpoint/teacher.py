@@ -174,13 +174,14 @@ class Teacher:
         """Looks whether it is up and what it calls its model, unless that was found out a moment ago."""
         if time.monotonic() - self._looked_at < _FRESH_S:
             return
+        cause = ""
         try:
             async with asyncio.timeout(_LOOK_S), self._asked("GET", "/v1/models") as reply:
                 problem = self._take_name(await reply.json()) if reply.status == 200 else _why(reply.status)
-        except (aiohttp.ClientError, TimeoutError, ValueError):
-            problem = "nothing answers at serve.teacher_url"
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            problem, cause = "nothing answers at serve.teacher_url", f" ({type(error).__name__})"
         if problem != self._problem:
-            logger.info("The teacher: %s", problem or "it is up")
+            logger.info("The teacher: %s%s", problem or "it is up", cause)
         self._problem, self._looked_at = problem, time.monotonic()
 
     def _take_name(self, models: Any) -> str | None:

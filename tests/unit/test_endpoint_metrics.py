@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import json
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator
@@ -22,6 +21,7 @@ from services.endpoint.router import Part, Router, put_router_into
 from services.endpoint.schema import DirectoryArguments, EndpointArguments
 from services.endpoint.traffic import Reign, Route, RoutingTable
 from tests.endpoint_models import save_version
+from tests.local_http import call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = "tiny-student"
@@ -68,33 +68,6 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> Exported:
     return exported
 
 
-async def ask(app: Any, leave_after: int | None = None, **body: Any) -> list[Any]:
-    """The messages of an answer; the client leaves after so many, at the latest when nothing has come for a while."""
-    content = json.dumps({**TEXT, **body}).encode()
-    sent: list[Any] = []
-    left = asyncio.Event()
-    messages = iter([{"type": "http.request", "body": content, "more_body": False}])
-
-    async def receive() -> Any:
-        if (message := next(messages, None)) is not None:
-            return message
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-        if len(sent) == leave_after:
-            left.set()
-
-    if leave_after == 0:
-        asyncio.get_running_loop().call_later(0.2, left.set)
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"}
-    scope |= {"query_string": b"", "headers": [(b"content-type", b"application/json")], "client": ("127.0.0.1", 1)}
-    scope |= {"scheme": "http", "http_version": "1.1", "server": ("x", 1), "root_path": ""}
-    await asyncio.wait_for(app(scope, receive, send), 20)
-    return sent
-
-
 class Told:
     """A version that answers as it is told."""
 
@@ -134,7 +107,7 @@ def routed(how: str, directory: Path) -> Any:
 def test_router_counts_how_every_answer_ended(
     exported: Exported, tmp_path: Path, how: str, leave_after: int | None, status: str
 ) -> None:
-    asyncio.run(ask(routed(how, tmp_path), leave_after, stream=True))
+    asyncio.run(call(routed(how, tmp_path), {**TEXT, "stream": True}, leave_after))
     assert exported.requests() == {("1", status): 1}
     [in_flight] = (values for key, values in exported.seen.items() if key[0] == "requests_in_flight")
     assert in_flight[-1] == 0
@@ -200,7 +173,7 @@ def test_plain_directory_counts_how_every_answer_ended(
 
     model.submit = submit
     app = plain.__serve_build_asgi_app__()
-    asyncio.run(ask(app, leave_after, model="big", stream=stream, max_tokens=400))
+    asyncio.run(call(app, {**TEXT, "model": "big", "stream": stream, "max_tokens": 400}, leave_after))
     assert exported.requests() == {(plain._model.served.champion.version, status): 1}
     assert exported.seen["requests_in_flight", "big", plain._model.served.champion.version][-1] == 0
     queue = exported.seen["queue", "big", plain._model.served.champion.version]

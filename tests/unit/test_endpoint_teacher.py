@@ -1,7 +1,10 @@
 """The teacher that a router asks beside its versions: over real HTTP, of raystill's own endpoint and of one that is
 scripted to fail in every way."""
 
+import asyncio
 import json
+import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +28,7 @@ from services.endpoint.router import Router, put_router_into
 from services.endpoint.schema import DirectoryArguments, EndpointArguments
 from services.endpoint.teacher import Teacher
 from tests.endpoint_models import save_version
-from tests.local_http import served
+from tests.local_http import call, served
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = "tiny-student"
@@ -252,6 +255,25 @@ def test_teacher_whose_stream_breaks_off_ends_with_an_error_event(scripted: tupl
     assert [seen.ok for seen in front.router.take_observations()] == [False]
 
 
+def test_teacher_stops_when_the_client_leaves(scripted: tuple[Scripted, Front]) -> None:
+    endpoint, front = scripted
+    stopped = threading.Event()
+
+    async def without_end() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield FIRST
+                await asyncio.sleep(0.01)
+        finally:
+            stopped.set()
+
+    endpoint.how = lambda: StreamingResponse(without_end(), media_type="text/event-stream")
+    sent = asyncio.run(call(front.client.app, {**TEXT, "stream": True}, leave_after=5))
+    assert sent[0]["status"] == 200
+    assert stopped.wait(10)
+    assert front.router.in_flight.total() == 0
+
+
 def test_teacher_that_is_not_up_says_so_until_it_is(
     arguments: EndpointArguments, monkeypatch: pytest.MonkeyPatch, scripted: tuple[Scripted, Front]
 ) -> None:
@@ -277,8 +299,6 @@ def test_teacher_that_is_not_up_says_so_until_it_is(
 def test_teacher_that_takes_no_connection_keeps_nobody_waiting(
     arguments: EndpointArguments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import socket
-
     monkeypatch.setattr(teachers, "_LOOK_S", 0.1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
