@@ -39,7 +39,7 @@ def add_encoder_commands(app: typer.Typer, guard: Guard) -> None:
 
             from cluster.resources import physical_cores
             from jobs.progress import ConsoleProgress
-            from jobs.quantize_encoder import SCHEMES, read_rows
+            from jobs.quantize_encoder import REPORT, SCHEMES, read_rows
             from jobs.quantize_encoder import quantize_encoder as quantise
             from jobs.tables import encoders_table
 
@@ -60,5 +60,6 @@ def add_encoder_commands(app: typer.Typer, guard: Guard) -> None:
                 typer.echo(json.dumps(found, sort_keys=True))
             else:
                 Console().print(encoders_table(found, into))
+                typer.echo(f"report in {into / REPORT}")
 
         guard(work, as_json)

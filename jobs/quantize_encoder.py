@@ -6,9 +6,9 @@ float model beside it. An artefact is served as it lies there: it says as much o
 """
 
 import json
+import logging
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,10 +26,14 @@ from cluster.storage import LocalStorage
 from jobs.quantization.config import QuantizationScheme, QuantizeConfig
 from jobs.quantization.pairings import check_pairings, model_kind
 
+logger = logging.getLogger(__name__)
+
 SCHEMES: list[QuantizationScheme] = ["int8_weight_only", "int8_dynamic", "onnx_int8"]
 """What is made unless others are named."""
 _BATCH_ROWS = 16
-_REPEATS = 5
+_REPEATS = 6
+REPORT = "report.html"
+"""Name of the page beside the artefacts."""
 
 
 def quantize_encoder(
@@ -50,14 +54,16 @@ def quantize_encoder(
         report: is told how many models are done, and what is being worked on.
 
     Returns:
-        By scheme, and for `float`: `bytes`, `batch_s` (median seconds of the first 16 texts), with labels those of
-        `jobs.evaluating.classification`; of schemes `reload_error` too, the largest difference of an output relative to
-        the largest.
+        By scheme, and for `float`: `bytes`, `batch_s` (median seconds of the first 16 texts, of `timings`; `_low` and
+        `_high` are its 95 % interval), with labels those of `jobs.evaluating.classification`; of schemes those of
+        `jobs.evaluating.similarity` for these texts too, and `reload_error`, the largest difference of an output
+        relative to the largest. `report.html` in `into` has them for people.
 
     Raises:
         ConfigError: a scheme that no encoder has, a model that is none, or a directory that is somebody else's.
         QuantizationFailed: an artefact that a fresh process reads otherwise; it is removed.
     """
+    from jobs.evaluating.similarity import similarity_figures
     from jobs.quantization.loading import read_config
     from jobs.quantize import check_reload
 
@@ -80,7 +86,8 @@ def quantize_encoder(
             )
     rows = read_texts(directory, texts)
     report(0, "float: measuring")
-    measured = {"float": _measure_elsewhere(directory, "float", rows, labels, threads)[0]}
+    exact_figures, exact = _measure_elsewhere(directory, "float", rows, labels, threads)
+    exact, measured = exact.float(), {"float": exact_figures}
     for done, scheme in enumerate(asked.schemes, start=1):
         report(done, f"{scheme}: quantising")
         found = make_artefact(directory, storage, scheme, rows[:_BATCH_ROWS], threads)
@@ -93,9 +100,26 @@ def quantize_encoder(
         except Exception:
             delete_directory(storage, scheme)
             raise
-        measured[scheme] = figures
+        lengths = [len(ids) for ids in rows[:_BATCH_ROWS]]
+        measured[scheme] = {**figures, **similarity_figures(outputs.numpy(), exact.numpy(), lengths)}
     report(len(measured), "")
+    _write_report(model, storage, measured, len(texts), threads)
     return measured
+
+
+def _write_report(
+    model: str, storage: LocalStorage, measured: dict[str, dict[str, float]], num_texts: int, threads: int
+) -> None:
+    """A report that cannot be drawn is no reason to lose what was measured: it becomes a warning."""
+    from jobs.evaluating.efficiency import machine
+    from jobs.evaluating.encoder_report import render_encoder_report
+
+    try:
+        html = render_encoder_report(model, measured, num_texts, machine(threads, False))
+    except Exception as error:
+        logger.warning("%s was not written (%s: %s)", REPORT, type(error).__name__, error)
+        return
+    storage.write(REPORT, html.encode())
 
 
 def make_artefact(
@@ -183,6 +207,7 @@ def measure_here(into: str) -> None:
     import numpy as np
 
     from jobs.evaluating.classification import classification_figures
+    from jobs.evaluating.intervals import median_with_interval
     from jobs.evaluating.scorers import model_bytes
     from jobs.quantization.encoder_scorer import EncoderScorer
 
@@ -195,7 +220,8 @@ def measure_here(into: str) -> None:
         started = time.perf_counter()
         scorer.outputs(rows[:_BATCH_ROWS])
         seconds.append(time.perf_counter() - started)
-    figures: dict[str, float] = {"bytes": model_bytes(asked["directory"]), "batch_s": statistics.median(seconds)}
+    figures: dict[str, float] = {"bytes": model_bytes(asked["directory"]), "timings": _REPEATS}
+    figures |= median_with_interval("batch_s", seconds)
     if labels is not None:
         starts = range(0, len(rows), _BATCH_ROWS)
         logits = np.concatenate([scorer.outputs(rows[start : start + _BATCH_ROWS]).numpy() for start in starts])

@@ -4,7 +4,7 @@ Made from the outputs of the stages, so it shows what is known so far: after `ev
 `quantize` all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -52,24 +52,42 @@ def render_report(config: RunConfig, outputs: dict[str, dict[str, Any]], keys: d
     models = {name: figures for output in measured for name, figures in output["models"].items()}
     models = {name: models[name] for name in in_order(models)}
     details = [output["details"] for output in measured]
+    return render_page(
+        config.name,
+        _facts(config, outputs, keys, details),
+        [_quality(models), _efficiency(models, details), *_compression(models), *_tasks(details)],
+        _figures(models, outputs, details),
+        config.model_dump(mode="json", by_alias=True),
+    )
+
+
+def render_page(
+    name: str,
+    facts: dict[str, str],
+    tables: list[ReportTable],
+    figures: Sequence[tuple[str, str, str]] = (),
+    config: dict[str, Any] | None = None,
+) -> str:
+    """A page as HTML.
+
+    Args:
+        figures: heading, caption and SVG of each plot.
+        config: all of its values, where the page is of a run.
+    """
     template = files("jobs.evaluating").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    resolved = config.model_dump(mode="json", by_alias=True)
     return environment.from_string(template).render(
-        name=config.name,
-        facts=_facts(config, outputs, keys, details),
-        tables=[_quality(models), _efficiency(models, details), *_compression(models)],
-        tasks=_tasks(details),
-        figures=[(heading, caption, Markup(svg)) for heading, caption, svg in _figures(models, outputs, details)],
-        config=yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True),
+        name=name,
+        facts=facts,
+        tables=tables,
+        figures=[(heading, caption, Markup(svg)) for heading, caption, svg in figures],
+        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config is not None else None,
     )
 
 
 def _facts(
     config: RunConfig, outputs: dict[str, dict[str, Any]], keys: dict[str, str], details: list[dict[str, Any]]
 ) -> dict[str, str]:
-    machine = details[0]["machine"]
-    versions = [f"{part} {machine[part]}" for part in machine if part not in (*_HARDWARE, "threads")]
     prepared = outputs.get("prepare", {})
     prints = {
         "config": fingerprint(config.identity()),
@@ -79,8 +97,7 @@ def _facts(
     }
     return {
         "Measured": " and ".join(dict.fromkeys(part["measured_at"] for part in details)),
-        "Machine": " and ".join(dict.fromkeys(_machine(part["machine"]) for part in details)),
-        "Versions": ", ".join(versions),
+        **machine_facts([part["machine"] for part in details]),
         "Storage": config.storage,
         "Fingerprints": ", ".join(f"{name} {value}" for name, value in prints.items() if value is not None),
     }
@@ -89,8 +106,14 @@ def _facts(
 _HARDWARE = ("processor", "gpu", "system")
 
 
-def _machine(found: dict[str, str]) -> str:
-    return f"{', '.join(found[part] for part in _HARDWARE if part in found)}; {found['threads']} threads"
+def machine_facts(machines: list[dict[str, str]]) -> dict[str, str]:
+    """What computed, each machine once, and with which versions; those of the first."""
+    versions = [f"{part} {found}" for part, found in machines[0].items() if part not in (*_HARDWARE, "threads")]
+    named = [
+        f"{', '.join(found[part] for part in _HARDWARE if part in found)}; {found['threads']} threads"
+        for found in machines
+    ]
+    return {"Machine": " and ".join(dict.fromkeys(named)), "Versions": ", ".join(versions)}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -107,9 +130,7 @@ def _quality(models: dict[str, dict[str, Any]]) -> ReportTable:
     for name, figures in models.items():
         cells = [Cell(f"{figures['positions']:,} tokens", f"{figures['rows']:,} rows")]
         for figure, write in columns.values():
-            cells.append(
-                Cell(write(figures[figure]) if figure in figures else _ABSENT, _interval(figures, figure, write))
-            )
+            cells.append(interval_cell(figures, figure, write))
         rows.append((title(name), cells))
     return ReportTable(
         "Quality on held-out text",
@@ -148,7 +169,7 @@ def _efficiency(models: dict[str, dict[str, Any]], details: list[dict[str, Any]]
         cells = [Cell(f"{figures['timings']} timings" if "timings" in figures else _ABSENT)]
         for column, (figure, write) in columns.items():
             if figure in figures:
-                cells.append(Cell(write(figures[figure]), _interval(figures, figure, write)))
+                cells.append(interval_cell(figures, figure, write))
                 continue
             why = f"{column}: absent, {reasons.get(name, {}).get(figure, 'not measured')}"
             notes += [why] if why not in notes else []
@@ -174,9 +195,10 @@ def _efficiency(models: dict[str, dict[str, Any]], details: list[dict[str, Any]]
     )
 
 
-def _interval(figures: dict[str, Any], figure: str, write: Callable[[float], str]) -> str:
-    """The ends of a figure's interval; empty if it has none."""
-    return " to ".join(write(figures[f"{figure}{end}"]) for end in ("_low", "_high") if f"{figure}{end}" in figures)
+def interval_cell(figures: dict[str, Any], figure: str, write: Callable[[float], str]) -> Cell:
+    """A figure, and smaller below it the ends of its interval, as far as they are known."""
+    ends = [write(figures[f"{figure}{end}"]) for end in ("_low", "_high") if f"{figure}{end}" in figures]
+    return Cell(write(figures[figure]) if figure in figures else _ABSENT, " to ".join(ends))
 
 
 def _compression(models: dict[str, dict[str, Any]]) -> list[ReportTable]:

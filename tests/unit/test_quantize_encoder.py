@@ -13,11 +13,14 @@ from sklearn.metrics import accuracy_score, f1_score
 from cluster.errors import ConfigError, CorpusError
 from jobs import quantize_encoder as job
 from jobs.evaluating.classification import classification_figures
+from jobs.evaluating.encoder_report import render_encoder_report
+from jobs.evaluating.similarity import similarity_figures
 from jobs.quantization import int8_dynamic, int8_weight_only, onnx_int8
 from jobs.quantization.encoder_scorer import EncoderScorer
 from jobs.tables import encoders_table
 from services.endpoint.encoders import EncoderModel
 from tests import encoder_models, tiny
+from tests.unit.test_report import Page
 
 ROWS = [[5, 9, 11, 30, 2], [7, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
 MAKERS = {"int8_weight_only": int8_weight_only, "int8_dynamic": int8_dynamic, "onnx_int8": onnx_int8}
@@ -94,6 +97,12 @@ def test_encoder_command_measures_each_scheme_in_a_fresh_process(tmp_path, forke
     assert found["onnx_int8"]["accuracy"] >= 0.9
     assert found["onnx_int8"]["reload_error"] == 0
     assert found["onnx_int8"]["bytes"] < found["float"]["bytes"]
+    assert 0.99 < found["onnx_int8"]["similarity"] < 1
+    page = (tmp_path / "made/report.html").read_text()
+    for text in (str(student), "Quality on rows with labels", "40 rows", "3 labels", "6 timings", "1.0000"):
+        assert text in page
+    for figure in ("accuracy_low", "macro_f1", "macro_f1_high"):
+        assert f"{found['onnx_int8'][figure]:.4f}" in page
     manifest = json.loads((tmp_path / "made/onnx_int8/manifest.json").read_text())
     assert manifest["scheme"] == "onnx_int8"
     assert {"model.onnx", "config.json", "tokenizer.json"} <= set(manifest["files"])
@@ -181,6 +190,46 @@ def test_encoders_table_has_quality_where_rows_had_labels():
     assert "accuracy" not in shown[0]
     words = ("200 rows with labels, 95 % intervals", "accuracy", "0.9000", "0.850–0.940", "0.8800", "0.820–0.930")
     assert all(text in shown[1] for text in words), shown[1]
+
+
+def test_encoder_report_has_every_figure_and_needs_nothing_else():
+    measured = {
+        "float": {"bytes": 4e6, "batch_s": 0.5, "batch_s_low": 0.45, "batch_s_high": 0.65, "timings": 6},
+        "int8_weight_only": {"bytes": 1e6, "batch_s": 0.25, "timings": 3, "similarity": 0.98765, "similar_texts": 2},
+    }
+    quality = {"accuracy": 0.9, "accuracy_low": 0.85, "accuracy_high": 0.94, "num_rows": 200, "num_labels": 3}
+    quality |= {"macro_f1": 0.88, "macro_f1_low": 0.82, "macro_f1_high": 0.93}
+    machine = {"processor": "Sample CPU", "system": "Linux x86_64", "threads": "2", "torch": "2.13"}
+    plain = Page(render_encoder_report("/models/<mine>", measured, 2000, machine))
+    rows = {row[0].strip(): " ".join(" ".join(row).split()) for row in plain.rows}
+    assert rows["float"] == "float 4.0 MB 1.000 6 timings 500.0 450.0 to 650.0 –"
+    assert rows["int8_weight_only"] == "int8_weight_only 1.0 MB 0.250 3 timings 250.0 0.98765"
+    labelled = {name: figures | quality for name, figures in measured.items()}
+    html = render_encoder_report("/models/<mine>", labelled, 200, machine)
+    page = Page(html)
+    assert page.fetched == plain.fetched == []
+    said = "200 rows 3 labels 0.9000 0.8500 to 0.9400 0.8800 0.8200 to 0.9300"
+    assert [" ".join(" ".join(row[1:]).split()) for row in page.rows].count(said) == 2
+    for text in ("&lt;mine&gt;: evaluation", "Sample CPU, Linux x86_64; 2 threads", "torch 2.13", "mean over 2 texts"):
+        assert text in html
+    assert "<h2>" not in html, "neither plots nor the config of a run"
+
+
+def test_similarity_is_the_cosine_of_what_was_read():
+    draw = np.random.default_rng(0)
+    exact = draw.normal(size=(3, 5, 8))
+    assert similarity_figures(2 * exact, exact, [5, 2, 1]) == pytest.approx(
+        {"similarity": 1, "similarity_low": 1, "similarity_high": 1, "similar_texts": 3}
+    )
+    turned = exact.copy()
+    turned[1, 2:], turned[2, 1:] = -9, np.nan  # behind the ends
+    turned[0, 0] *= -1
+    found = similarity_figures(turned, exact, [5, 2, 1])
+    assert found["similarity"] == pytest.approx((0.6 + 1 + 1) / 3)
+    assert found["similarity_low"] < found["similarity"] < found["similarity_high"] <= 1
+    logits = np.array([[1.0, 0.0], [3.0, 4.0]])
+    assert similarity_figures(logits, logits[:, ::-1], [7, 9])["similarity"] == pytest.approx((0 + 24 / 25) / 2)
+    assert similarity_figures(logits[:1], logits[:1], [7]) == {"similarity": 1.0, "similar_texts": 1}
 
 
 def wilson(right, rows, z=1.959964):
