@@ -18,7 +18,7 @@ from tests.unit.test_canaries import (  # noqa: F401 - they run here with this m
 from tests.unit.test_canary_killed import (  # noqa: F401 - and with its `database`
     registry,
     reigning,
-    test_decision_killed_at_a_step_is_settled_by_the_next_start,
+    test_decision_killed_at_a_step_in_sql_is_settled_by_the_next_start,
     test_start_killed_at_a_step_is_abandoned_or_settled_by_the_next_start,
 )
 

@@ -120,39 +120,48 @@ IN_SQL = {
     "down": [(canaries, "_changed"), (canaries, "move")],
 }
 OF_THE_CHAMPION = [(crowning, "point_champion"), (crowning, "mark_announced")]
-DECIDING = [(what, place, after) for what, places in IN_SQL.items() for place in places for after in (False, True)] + [
-    (what, place, False)  # after one is before the next
-    for what in IN_SQL
-    for place in (*(OF_THE_CHAMPION if what == "crown" else []), *IN_MLFLOW)
+DECIDING_IN_SQL = [
+    (what, place, after) for what, places in IN_SQL.items() for place in places for after in (False, True)
+]
+DECIDED = [  # after one is before the next
+    (what, place) for what in IN_SQL for place in (*(OF_THE_CHAMPION if what == "crown" else []), *IN_MLFLOW)
 ]
 
 
 def is_written(what: str, place: tuple[Any, str], after: bool) -> bool:
     """Whether the rows decide for it. The last write to the row of one that is crowned only repeats it."""
-    if place in (*IN_MLFLOW, *OF_THE_CHAMPION):
-        return True
     return what == "crown" and (place == (canaries, "_changed") or (place == (canaries, "crown") and after))
 
 
 @pytest.mark.parametrize(
     ("what", "place", "after"),
-    DECIDING,
-    ids=[f"{what}-{place[1]}-{'after' if after else 'before'}" for what, place, after in DECIDING],
+    DECIDING_IN_SQL,
+    ids=[f"{what}-{place[1]}-{'after' if after else 'before'}" for what, place, after in DECIDING_IN_SQL],
 )
-def test_decision_killed_at_a_step_is_settled_by_the_next_start(
+def test_decision_killed_at_a_step_in_sql_is_settled_by_the_next_start(
     database: str, reigning: Any, monkeypatch: pytest.MonkeyPatch, what: str, place: tuple[Any, str], after: bool
 ) -> None:
     tracking, second = reigning
     begin(database, tracking, second)
     die_at(monkeypatch, place, after, partial(decide, what, database, tracking))
-    written = is_written(what, place, after)
-    champion = "2" if what == "crown" else "1"
     settle(database, MODEL, tracking)
     with opened(database) as engine:
-        if not written:
+        if not is_written(what, place, after):
             check(engine, tracking, "up", 0, "1")
             decide(what, database, tracking)
-        check(engine, tracking, what, 1 if what == "up" else 0, champion)
+        check(engine, tracking, what, 1 if what == "up" else 0, "2" if what == "crown" else "1")
+
+
+@pytest.mark.parametrize(("what", "place"), DECIDED, ids=[f"{what}-{place[1]}" for what, place in DECIDED])
+def test_decision_killed_before_mlflow_has_it_is_settled_by_the_next_start(
+    database: str, reigning: Any, monkeypatch: pytest.MonkeyPatch, what: str, place: tuple[Any, str]
+) -> None:
+    tracking, second = reigning
+    begin(database, tracking, second)
+    die_at(monkeypatch, place, False, partial(decide, what, database, tracking))
+    settle(database, MODEL, tracking)
+    with opened(database) as engine:
+        check(engine, tracking, what, 1 if what == "up" else 0, "2" if what == "crown" else "1")
 
 
 @pytest.mark.parametrize("place", IN_MLFLOW, ids=[name for _, name in IN_MLFLOW])
