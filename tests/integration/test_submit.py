@@ -2,7 +2,9 @@
 
 import json
 import re
+import sqlite3
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,10 +43,10 @@ def config(tmp_path):
 
 @pytest.fixture
 def call(cluster, tmp_path, forked_raystill):
-    """Runs a command for the cluster."""
+    """Runs a command for the cluster, or for another."""
 
-    def call(*arguments, raystill=forked_raystill, env=None):
-        return raystill(*arguments, "--address", cluster.dashboard, cwd=tmp_path, env=env or variables())
+    def call(*arguments, raystill=forked_raystill, env=None, at=cluster):
+        return raystill(*arguments, "--address", at.dashboard, cwd=tmp_path, env=env or variables())
 
     return call
 
@@ -96,26 +98,38 @@ def test_two_that_submit_at_once_have_one_job(cluster, config, tmp_path):
     assert sum("config and code" in err for _, err in said) == 1
 
 
-def test_stop_waits_and_the_next_submission_goes_on_from_the_checkpoint(call, config, tmp_path):
+def test_stop_waits_and_the_next_submission_to_another_cluster_goes_on_from_the_checkpoint(
+    call, config, tmp_path, forked_raystill
+):
+    """The other cluster has another head: of the first one nothing is left but what is in storage."""
     long = [config, "train.steps=200", "--command", "train", "--id", "long"]
-    assert call("submit", config, "train.steps=200", "--command", "prepare").returncode == 0
-    started = call("submit", *long, "--detach")
-    assert started.stdout.strip() == "long"
-    checkpoints = tmp_path / "storage" / "student"
-    wait_until(lambda: list(checkpoints.glob("*/checkpoints/step-*/manifest.json")), 500, "a checkpoint")
-    stopped = call("stop", "long")
-    assert stopped.returncode == 0, stopped.stderr
-    assert "job long stopped" in stopped.stderr
-    listed = json.loads(call("jobs", "--json").stdout)
-    assert [job["status"] for job in listed if job["id"] == "long"] == ["STOPPED"]
-    reached = max(int(path.parent.name[5:]) for path in checkpoints.glob("*/checkpoints/step-*/manifest.json"))
-    assert reached < 200
+    assert forked_raystill("prepare", config, cwd=tmp_path).returncode == 0
+
+    def reached():
+        found = (tmp_path / "storage" / "student").glob("*/checkpoints/step-*/manifest.json")
+        return max((int(path.parent.name[5:]) for path in found), default=0)
+
+    with running({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}, num_cpus=4) as lost:
+        started = call("submit", *long, "--detach", at=lost)
+        assert started.stdout.strip() == "long"
+        wait_until(reached, 500, "a checkpoint")
+        stopped = call("stop", "long", at=lost)
+        assert stopped.returncode == 0, stopped.stderr
+        assert "job long stopped" in stopped.stderr
+        listed = json.loads(call("jobs", "--json", at=lost).stdout)
+        assert [(job["id"], job["status"]) for job in listed] == [("long", "STOPPED")]
+        lost.kill(lost.head)
+    kept = reached()
+    assert kept < 200
     again = call("submit", *long)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert job_id_of(again) == "long-2"
+    assert job_id_of(again) == "long", "this cluster knows of no such job"
     summary = json.loads((tmp_path / "storage" / "summary.json").read_text())
     assert summary["stages"]["train"]["status"] == "done"
     assert summary["stages"]["train"]["rows"] == 200 * 8
+    with sqlite3.connect(tmp_path / "storage" / "mlflow.db") as database:
+        steps = Counter(step for (step,) in database.execute("select step from metrics where key = 'train/loss'"))
+    assert max(steps[step] for step in range(1, kept + 1)) == 1, "what the checkpoint had was not trained again"
 
 
 def test_wrong_and_missing_tokens_are_refused_in_one_line(call, config):
