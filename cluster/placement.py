@@ -30,7 +30,9 @@ class NodeShape:
         """How many that take so much of each resource one node holds; 0 if its labels are others."""
         if not _has_labels(labels, self):
             return 0
-        return int(min((self.resources.get(name, 0.0) // a for name, a in resources.items() if a > 0), default=10**9))
+        has = self.resources
+        # Ray counts in ten-thousandths; 1.0 // 0.2 is 4.0, since 0.2 as a float is a little more.
+        return min((int(has.get(name, 0.0) / a + 1e-9) for name, a in resources.items() if a > 0), default=10**9)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,17 @@ def test_demands_that_can_never_fit_are_refused_with_what_is_missing(demands, sa
         check_demands(demands, [TEACHERS, STUDENTS])
 
 
+@pytest.mark.parametrize("share", [1, 0.5, 0.25, 0.2, 0.1, 0.05, 0.04, 0.02, 0.01])
+def test_parts_of_a_gpu_fill_it(share):
+    parts = round(1 / share)
+    for gpus in (1.0, 2.0, 8.0):
+        node = NodeShape({"GPU": gpus, "CPU": 64.0})
+        assert node.places({"GPU": share}, {}) == gpus * parts
+        check_demands([Demand("teacher.replicas", int(gpus) * parts, {"GPU": share})], [node])
+    assert NodeShape({"GPU": 1.0}).places({"GPU": 0.3}, {}) == 3
+    assert NodeShape({"GPU": 0.999}).places({"GPU": 0.5}, {}) == 1
+
+
 def test_labels_select_nodes_and_operators_are_left_to_ray():
     check_demands([Demand("x", 3, {"CPU": 8}, {"pool": "teacher"})], [TEACHERS, STUDENTS])
     check_demands([Demand("x", 2, {"CPU": 16}, {"pool": "!teacher"})], [TEACHERS, STUDENTS])
