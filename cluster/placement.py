@@ -1,10 +1,11 @@
 """Whether what a run asks for can ever be placed on the nodes that a cluster has or may grow to.
 
-Everything here is necessary for placing, so nothing that could be placed is refused. What other applications hold is
-not looked at: they may end.
+Everything here is necessary for placing, so nothing that could be placed is refused. What others hold is not looked at
+then: they may end. Who chooses how much to ask for leaves a service what it holds, since it stays.
 """
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from cluster.errors import PlacementError
 
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """On the head of a cluster that `ray up` made: its config, with the node types that it may start."""
+TEACHER_OF_A_RUN = "teacher-"
+"""Beginning of the names of Serve applications that end with the run that started them."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,13 @@ class NodeShape:
     count: int = 1
     host: str | None = None
     """Address of a living node; one that may be started has none yet."""
+    held_cpus: float = 0.0
+    """By replicas of services that stay, such as the versions of an endpoint."""
+
+    def beside_services(self) -> "NodeShape":
+        """The node without the CPUs that such services hold."""
+        left = max(0.0, self.resources.get("CPU", 0.0) - self.held_cpus)
+        return replace(self, resources={**self.resources, "CPU": left}, held_cpus=0.0) if self.held_cpus else self
 
     def places(self, resources: dict[str, float], labels: dict[str, str]) -> int:
         """How many that take so much of each resource one node holds; 0 if its labels are others."""
@@ -101,12 +111,40 @@ def cluster_nodes() -> list[NodeShape]:
     """The living nodes of the connected Ray, and those that its autoscaler may start as far as this node knows."""
     import ray
 
+    held = _held_cpus(_services())
     living = [
-        NodeShape(node["Resources"], node.get("Labels") or {}, host=node["NodeManagerAddress"])
+        NodeShape(
+            node["Resources"],
+            node.get("Labels") or {},
+            host=node["NodeManagerAddress"],
+            held_cpus=held[node["NodeManagerAddress"]],
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]
     return [*living, *growth(BOOTSTRAP.expanduser())]
+
+
+def _services() -> dict[str, Any]:
+    """Serve's details of each application, by name; none where Serve does not run."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return client.get_serve_details()["applications"] if client is not None else {}
+
+
+def _held_cpus(applications: dict[str, Any]) -> Counter[str]:
+    """CPUs of the replicas of all applications but the teachers of runs, by address of their node."""
+    held: Counter[str] = Counter()
+    for name, application in applications.items():
+        if name.startswith(TEACHER_OF_A_RUN):
+            continue
+        for deployment in application["deployments"].values():
+            each = (deployment["deployment_config"].get("ray_actor_options") or {}).get("num_cpus", 1)
+            for replica in deployment["replicas"]:
+                if replica["node_ip"]:  # one that starts has no node yet
+                    held[replica["node_ip"]] += each
+    return held
 
 
 def growth(path: Path) -> list[NodeShape]:

@@ -105,8 +105,8 @@ class TrainConfig(Config):
     num_workers: WorkerCount = execution(1)
     """A number, or `[least, most]`: then the group grows and shrinks with the cluster; that needs `cluster.pools`."""
     threads_per_worker: int | None = execution(None, ge=1)
-    """Default: workers and teacher replicas share the cores of this machine; on a cluster, the slots of a node its
-    CPUs."""
+    """Default: workers and teacher replicas share the cores of this machine; on a cluster with pools the slots of a
+    node share its CPUs, without pools they share what services leave; 1 while such nodes are still to come."""
     use_gpu: bool = execution(False)
     learning_rate: float = Field(1e-3, gt=0)
     """Peak rate, reached after the warm-up; then a cosine down to `final_rate` times it."""

@@ -14,6 +14,7 @@ from typing import Any
 from cluster.config import fingerprint
 from cluster.connection import Connection
 from cluster.errors import ConfigError, NonFiniteLoss, TokenizerMismatch, TrainingFailed
+from cluster.placement import TEACHER_OF_A_RUN
 from cluster.pools import actor_options, slot
 from cluster.resources import process_environment
 from cluster.storage import open_storage
@@ -155,7 +156,8 @@ def teacher_service(
         max_batch_tokens=config.max_batch_tokens,
         **actor_options(run.cluster.active_pools, "teacher"),
     )
-    app_name = f"teacher-{run.name}-{fingerprint(run.storage)[:8]}"  # a cluster may hold the teachers of several runs
+    # A cluster may hold the teachers of several runs.
+    app_name = f"{TEACHER_OF_A_RUN}{run.name}-{fingerprint(run.storage)[:8]}"
     start_teacher(service, app_name)
     try:
         client = TeacherClient(app_name, attempt_timeout_s=config.attempt_timeout_s, deadline_s=config.deadline_s)

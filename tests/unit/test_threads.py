@@ -1,14 +1,16 @@
 """Threads follow the machines that compute, not the one that asks, and no more than a container is given."""
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.connection import Connection
-from cluster.placement import NodeShape, check_demands
+from cluster.placement import NodeShape, _held_cpus, check_demands
 from cluster.pools import PoolsConfig
 from cluster.resources import cgroup_cpus, physical_cores
 from jobs.config import RunConfig
 from jobs.preflight import check_cluster, placed_together
-from jobs.threads import Threads, threads_of, threads_on
+from jobs.threads import Threads, _say_guess, threads_of, threads_on
 
 HEAD = NodeShape({"CPU": 0.0}, host="10.0.0.1")
 TEACHERS = NodeShape({"CPU": 12.0, "GPU": 1.0, "teacher_slot": 1.0}, count=2, host="10.0.0.2")
@@ -37,7 +39,10 @@ def test_threads_of_one_machine_share_its_cores():
     here = Threads(worker=16, replica=16, teacher_worker=64)
     assert threads_of(made()) == here
     assert threads_of(made(), Connection(True, 256, None)) == here
-    several = [NodeShape({"CPU": 4.0, "student_slot": 1.0}, host="10.0.0.1"), NodeShape({"CPU": 4.0}, host="10.0.0.1")]
+    several = [
+        NodeShape({"CPU": 4.0, "student_slot": 1.0}, host="10.0.0.1"),
+        NodeShape({"CPU": 4.0, "teacher_slot": 1.0}, host="10.0.0.1"),
+    ]
     assert threads_on(several, PoolsConfig(), made()) == here, "raylets of one machine"
 
 
@@ -48,7 +53,40 @@ def test_threads_of_pools_are_a_slots_share_of_a_node():
     assert threads_on([TEACHERS, STUDENTS, small], PoolsConfig(), made()).worker == 4, "every slot can be taken"
     spot = PoolsConfig(student_labels={"market": "spot"})
     assert threads_on([TEACHERS, STUDENTS, small], spot, made()).worker == 4
-    assert threads_on([TEACHERS, small], PoolsConfig(student_labels={"market": "other"}), made()).worker == 16
+
+
+def test_threads_of_nodes_that_hold_both_pools_can_be_placed_together(monkeypatch):
+    config = made(teacher={"model": "x/y", "replicas": 2}, train={"steps": 10, "num_workers": 2})
+    both = NodeShape({"CPU": 16.0, "teacher_slot": 1.0, "student_slot": 1.0}, count=2)
+    assert threads_on([HEAD, both], PoolsConfig(), config) == Threads(worker=8, replica=8, teacher_worker=8)
+    monkeypatch.setattr("jobs.preflight.cluster_nodes", lambda: [HEAD, both])
+    check_cluster(config, Connection(False, 32, None, PoolsConfig()), answers=False)
+    answering = NodeShape({"CPU": 16.0, "student_slot": 3.0, "endpoint_slot": 1.0}, count=2)
+    assert threads_on([HEAD, answering], PoolsConfig(), config).worker == 5, "a CPU is the endpoint's"
+    crowded = NodeShape({"CPU": 2.0, "teacher_slot": 2.0, "student_slot": 2.0}, count=2)
+    assert threads_on([HEAD, crowded], PoolsConfig(), config).worker == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "pools"),
+    [
+        ([HEAD, STUDENTS], PoolsConfig()),
+        ([HEAD, TEACHERS, STUDENTS], PoolsConfig(teacher_labels={"market": "other"})),
+        ([HEAD], PoolsConfig()),
+        ([NodeShape({"CPU": 64.0}, host="10.0.0.1")], PoolsConfig()),
+        ([HEAD], None),
+    ],
+)
+def test_threads_where_nodes_are_still_to_come_are_one_with_a_warning(nodes, pools, caplog):
+    """The 64 cores of the machine that asks would be waited for without end."""
+    _say_guess.cache_clear()
+    found = threads_on(nodes, pools, made())
+    assert found.replica == 1
+    assert threads_on(nodes, pools, made()) == found
+    said = [record.message for record in caplog.records if "teacher.threads_per_replica=1" in record.message]
+    assert len(said) == 1
+    assert ("train.threads_per_worker=1" in caplog.text) == (found.worker == 1)
+    assert "teacher.train" not in caplog.text
 
 
 def test_threads_of_pools_can_be_placed_where_the_machine_that_asks_has_many_cores(monkeypatch):
@@ -68,7 +106,32 @@ def test_threads_without_pools_leave_room_for_all():
     assert threads_on([HEAD, STUDENTS], None, config).worker == 96
     assert threads_on([HEAD, STUDENTS], None, made()).worker == 24, "a GPU's share"
     crowded = NodeShape({"CPU": 1.0}, count=2)
-    assert threads_on([HEAD, crowded], None, config).worker == 64 // 3
+    assert threads_on([HEAD, crowded], None, config).worker == 1
+
+
+def test_threads_without_pools_leave_services_what_they_hold(monkeypatch):
+    config = made(teacher={"model": "x/y", "replicas": 1}, train={"steps": 10, "num_workers": 3})
+    nodes = [HEAD, *(NodeShape({"CPU": 8.0}, host=f"10.0.1.{number}") for number in range(2))]
+    details = {
+        "demo-v3-0a1b2c3d": served(2, "10.0.1.0", 1),
+        "raystill": served(1, "10.0.1.1", 0),
+        "teacher-small-0a1b2c3d": served(1, "10.0.1.1", 4),
+        "without": served(1, "10.0.1.1", None),
+        "starting": served(1, None, 1),
+    }
+    assert _held_cpus(details) == {"10.0.1.0": 2, "10.0.1.1": 1}
+    assert threads_on(nodes, None, config).worker == 4
+    held = [HEAD, *(replace(node, held_cpus=_held_cpus(details)[node.host]) for node in nodes[1:])]
+    assert threads_on(held, None, config).worker == 3, "3 + 3 beside 2, 3 + 3 beside 1"
+    gpus = NodeShape({"CPU": 16.0, "GPU": 2.0}, host="10.0.2.0", held_cpus=1.0)
+    assert threads_on([HEAD, gpus], None, made()).worker == 7
+    assert threads_on([gpus], None, made()).worker == 16, "one machine: its cores"
+
+
+def served(replicas, address, num_cpus):
+    options = {} if num_cpus is None else {"ray_actor_options": {"num_cpus": num_cpus}}
+    replica = {"node_ip": address, "state": "RUNNING"}
+    return {"deployments": {"Version": {"deployment_config": options, "replicas": [replica] * replicas}}}
 
 
 def test_threads_that_the_config_names_are_taken():
