@@ -58,7 +58,7 @@ class Prefetch:
     labels: Labels | None = None
     """Looked up before the teacher is asked, and told what it says."""
     waited_s: float = 0.0
-    """Time the student spent waiting for answers."""
+    """Time the student spent waiting for answers and stored labels."""
     received_bytes: int = 0
     teacher_s: float = 0.0
     """Time that replicas spent on the answers."""
@@ -92,9 +92,7 @@ class Prefetch:
                     asked = waiting.popleft()
                     started = time.perf_counter()
                     signal = self._answer(asked)
-                    waited_s = time.perf_counter() - started
-                    self.waited_s += waited_s
-                    self.teacher.counters.waited_s += waited_s
+                    self.waited_s += time.perf_counter() - started
                     ready = asked.batch, signal
                     in_flight_bytes -= asked.size
         finally:
@@ -117,7 +115,10 @@ class Prefetch:
                 self.labelled_rows += len(asked.batch.row_ids)
                 return signal
         answer = asked.answer or self.teacher.submit(self._request(asked.batch, asked.number))
+        started = time.perf_counter()
         reply = answer.result()
+        # From this teachers grow in number; a stored label that is late is no reason for another.
+        self.teacher.counters.waited_s = (self.teacher.counters.waited_s or 0.0) + time.perf_counter() - started
         self.received_bytes += num_bytes(reply.signal)
         self.teacher_s += reply.seconds
         self.asked_tokens += len(asked.batch.token_ids)

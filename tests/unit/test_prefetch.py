@@ -1,5 +1,6 @@
 """Asking ahead: order, the bound in bytes, borders of steps, a teacher that fails, a reader that leaves."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -123,6 +124,34 @@ def test_window_is_never_exceeded_but_one_request_is_always_in_flight(sizes, win
         if len(teacher.requests) < len(sizes):
             assert sum(ahead) + sizes[len(teacher.requests)] > window, "there was room for another"
     assert handed_out == len(sizes)
+
+
+class LateLabels:
+    """Has a stored label of every second micro-batch, each 0.1 s late."""
+
+    def find(self, batch: MicroBatch) -> Future[object] | None:
+        if batch.last:
+            return None
+        label: Future[object] = Future()
+        signal = HiddenSignal(np.full((len(batch.positions), D), int(batch.token_ids[0]), np.uint16))
+        threading.Timer(0.1, label.set_result, [signal]).start()
+        return label
+
+    def expects(self, batch: MicroBatch) -> bool:
+        return False
+
+    def keep(self, batch: MicroBatch, signal: object) -> None: ...
+
+
+def test_waiting_for_stored_labels_is_no_waiting_for_the_teacher():
+    teacher = LateTeacher()
+    asking = prefetch(teacher, 0)
+    asking.labels = LateLabels()  # type: ignore[assignment]
+    assert numbers(asking.pairs(batch(i, 3) for i in range(4))) == [(i, i) for i in range(4)]
+    assert teacher.answered == [1, 3]
+    assert asking.waited_s > 0.1
+    assert teacher.counters.waited_s is not None
+    assert 0 < teacher.counters.waited_s < 0.05
 
 
 def test_window_runs_across_the_borders_of_steps():
