@@ -299,7 +299,8 @@ class Supervisor:
 
     def _could_not_start(self, canary: Canary, error: Exception) -> None:
         """What is damaged stays damaged; anything else may be better in a while."""
-        self._starting = None
+        with self._lock:
+            self._starting = None
         self._attempts[canary.promotion_id] += 1
         attempts = self._attempts[canary.promotion_id]
         logger.warning("Version %s, challenger: %s", canary.version, error)
@@ -409,9 +410,9 @@ class Supervisor:
         return {**said, "teacher": _figures(self._seen.setdefault(TEACHER, _Seen()), now)}
 
     def _canary_state(self, now: float) -> dict[str, Any] | None:
-        trial = self._trial
-        if self._starting is not None:
-            canary, began = self._starting
+        trial, starting = self._trial, self._starting
+        if starting is not None:
+            canary, began = starting
             waited_s = now - began
             slow = f"it has been starting for {waited_s:.0f} s: is there a free CPU for it?"
             said = {"version": canary.version, "step": canary.step, "steps": canary.steps, "held_s": 0.0}

@@ -12,6 +12,7 @@ from cluster.errors import CorruptArtifact
 from cluster.promotions import crown, find_promotion, history
 from jobs.rollback import end_running_canary
 from services.endpoint.canary import Observation
+from services.endpoint.schema import EndpointArguments
 from services.endpoint.supervisor import Supervisor
 from tests.promotion_races import MODEL, artefact, crown_one
 from tests.unit.test_endpoint_supervisor import Endpoint, challenge, database, endpoint, engine, shown
@@ -144,6 +145,32 @@ def test_challenger_that_cannot_be_started_is_taken_down(endpoint: Endpoint, eng
     assert ended.reason == ("its files do not match its manifest" if damaged else "it cannot be loaded (RuntimeError)")
     assert endpoint.applications.started.count("v2") == (1 if damaged else 3)
     assert shown(endpoint.table) == ("1", None, 0.0)
+
+
+class Guarded(Supervisor):
+    """Notes what is set without the lock that guards it while routers ask."""
+
+    unguarded: tuple[str, ...] = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("_starting", "_trial", "_table") and hasattr(self, "urgent") and not self._lock.locked():
+            self.unguarded += (name,)
+        super().__setattr__(name, value)
+
+
+def test_what_routers_are_told_is_set_with_the_lock_held(endpoint: Endpoint, engine: Any, database: str) -> None:
+    arguments = EndpointArguments(model_name=MODEL, database=database)
+    endpoint.supervisor = supervisor = Guarded(arguments, endpoint.applications, lambda: endpoint.now)
+    endpoint.turn()
+    endpoint.applications.failing["v2"] = RuntimeError("no connection")
+    for number in (2, 3):
+        challenge(engine, number)
+        look(endpoint)
+        for _ in range(8):
+            endpoint.turn(2)
+            endpoint.now += 20
+    assert shown(endpoint.table) == ("1", "3", 0.1)
+    assert supervisor.unguarded == ()
 
 
 def test_challenger_that_finds_no_room_says_so_and_is_ended_after_a_while(endpoint: Endpoint, engine: Any) -> None:
