@@ -1,5 +1,11 @@
 # What runs this. The state holds names and addresses and no password; keep it in a bucket of its own with a lock all
-# the same (README.md shows the backend's four lines).
+# the same, by these lines inside of the block:
+#   backend "s3" {
+#     bucket       = "<a bucket for states>"
+#     key          = "raystill.tfstate"
+#     region       = "<its region>"
+#     use_lockfile = true
+#   }
 terraform {
   required_version = ">= 1.9"
 
