@@ -54,6 +54,37 @@ def test_readme_raystill_command_parses(line):
         load(RunConfig, ROOT / arguments[0], [override for override in arguments[1:] if command != "revoke"])
 
 
+@pytest.mark.parametrize(
+    ("folder", "page"), [("services/teacher", "services/teacher/README.md"), ("tests/endurance", "README.md")]
+)
+def test_readme_names_every_file_of(folder, page):
+    files = [path for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]
+    text = (ROOT / page).read_text()
+    assert len(files) >= 7
+    assert [path.name for path in files if f"`{path.name}`" not in text and f"`{path.stem}`" not in text] == []
+
+
+def test_readme_says_which_command_has_no_json():
+    import typer.main
+
+    known = typer.main.get_command(app).commands
+    asked = [
+        "prepare",
+        "label",
+        "train",
+        "evaluate",
+        "quantize",
+        "register",
+        "promote",
+        "serve",
+        "rollback",
+        "versions",
+    ]
+    without = [name for name in asked if not any("--json" in option.opts for option in known[name].params)]
+    assert without == ["serve"]
+    assert "with `--json` all but `serve`" in (ROOT / "README.md").read_text()
+
+
 def test_readme_runs_on_clusters_are_submitted_by_raystill():
     """Under an id of their own, once for two who ask, and with the checks of paths and storage."""
     assert len([line for page in PAGES for line in code_lines(page) if "raystill submit" in line]) >= 3
