@@ -47,15 +47,12 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 CONTENT = os.urandom(4 * MIB)
-QUICK = Limits(
-    patience_s=4,
-    answer_s=3,
-    min_bytes_per_s=500_000,
-    window_s=1,
-    slow_attempts=2,
-    first_pause_s=0.02,
-    longest_pause_s=0.5,
-)
+QUICK = Limits(first_pause_s=0.02, longest_pause_s=0.5)
+"""Short pauses, and all the time that a busy machine may need: a fault that passes ends by itself."""
+IMPATIENT = dataclasses.replace(QUICK, patience_s=4)
+"""For a fault that lasts."""
+HASTY = dataclasses.replace(IMPATIENT, answer_s=3, min_bytes_per_s=500_000, window_s=1)
+"""For a server that is slow, or never answers."""
 SLOW_DOWN = {"status": 503, "code": "SlowDown"}
 CANARY = "canary-9f31c7"
 
@@ -88,10 +85,14 @@ def proxy(shared_proxy):
 
 @pytest.fixture
 def harmed(storage, proxy, monkeypatch):
-    """The same prefix through the proxy, with limits that a test can wait for, and with small parts."""
+    """The same prefix through the proxy, with short pauses and small parts."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     monkeypatch.setattr(multipart, "PART_BYTES", 5 * MIB)
     return S3Storage(storage.bucket, storage.prefix, QUICK)
+
+
+def limited(storage, limits):
+    return S3Storage(storage.bucket, storage.prefix, limits)
 
 
 def one_line(error):
@@ -191,6 +192,7 @@ def test_s3_empty_answer_is_never_taken_for_an_empty_listing(storage, harmed, pr
 @pytest.mark.parametrize("operation", ["read", "download", "write"])
 def test_s3_slow_trickle_is_ended(storage, harmed, proxy, tmp_path, operation):
     """4 MiB at 100 kB/s take 42 s; a read timeout, however short, never fires."""
+    harmed = limited(harmed, HASTY)
     storage.write("there", CONTENT)
     proxy.add(Fault("trickle", times=9, method="PUT" if operation == "write" else "GET", bytes_per_s=100_000))
     work = {
@@ -201,13 +203,14 @@ def test_s3_slow_trickle_is_ended(storage, harmed, proxy, tmp_path, operation):
     started = time.monotonic()
     with pytest.raises(StorageError, match="gave up after 2 attempts") as error:
         work()
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 40
     assert "kB/s" in one_line(error) or "no answer in" in one_line(error)
     assert proxy.fired["trickle"] == 2
     assert not list(tmp_path.iterdir())
 
 
 def test_s3_slow_trickle_that_passes_is_survived(storage, harmed, proxy):
+    harmed = limited(harmed, dataclasses.replace(HASTY, patience_s=60, min_bytes_per_s=200_000, slow_attempts=9))
     storage.write("there", CONTENT)
     proxy.add(Fault("trickle", times=1, method="GET", bytes_per_s=100_000))
     assert harmed.read("there") == CONTENT
@@ -218,21 +221,21 @@ def test_s3_server_that_never_answers_is_ended(storage, harmed, proxy):
     storage.write("there", CONTENT)
     proxy.add(Fault("latency", times=9, seconds=30))
     started = time.monotonic()
-    patient = S3Storage(harmed.bucket, harmed.prefix, dataclasses.replace(QUICK, patience_s=20))
-    with pytest.raises(StorageError, match="no answer in 3 s; gave up after 2 attempts"):
-        patient.read("there")
-    assert time.monotonic() - started < 20
+    with pytest.raises(StorageError, match=r"no answer in \d+ s; gave up after 2 attempts"):
+        limited(harmed, dataclasses.replace(HASTY, patience_s=20)).read("there")
+    assert time.monotonic() - started < 25
     assert proxy.fired["latency"] == 2
 
 
 @pytest.mark.parametrize("mode", ["error", "reset"])
 def test_s3_lasting_fault_is_one_line_when_patience_ends(storage, harmed, proxy, mode):
+    harmed = limited(harmed, IMPATIENT)
     storage.write("there", CONTENT)
     proxy.add(Fault(mode, times=10_000, **SLOW_DOWN))
     started = time.monotonic()
     with pytest.raises(StorageError, match="gave up after") as error:
         harmed.read("there")
-    assert 2 < time.monotonic() - started < 15
+    assert 2 < time.monotonic() - started < 60
     assert ("SlowDown (HTTP 503)" if mode == "error" else "connection") in one_line(error)
     assert proxy.fired[mode] == harmed.traffic.retries > 5
 
@@ -262,7 +265,7 @@ def test_s3_upload_that_fails_leaves_neither_object_nor_parts(storage, harmed, p
     (tmp_path / "local").write_bytes(content)
     proxy.add(Fault("error", times=10_000, method="PUT", path="partNumber=2", **SLOW_DOWN))
     with pytest.raises(StorageError, match="put part 2 of 'big': SlowDown") as error:
-        harmed.upload(tmp_path / "local", "big")
+        limited(harmed, IMPATIENT).upload(tmp_path / "local", "big")
     one_line(error)
     assert proxy.fired["error"] > 3
     assert storage.list() == []
@@ -273,7 +276,7 @@ def test_s3_write_that_fails_leaves_the_old_object(storage, harmed, proxy):
     storage.write("k", b"old")
     proxy.add(Fault("reset", times=10_000, method="PUT"))
     with pytest.raises(StorageError, match="gave up"):
-        harmed.write("k", CONTENT)
+        limited(harmed, IMPATIENT).write("k", CONTENT)
     assert storage.read("k") == b"old"
     assert proxy.fired["reset"] > 3
 
@@ -297,7 +300,7 @@ def test_s3_directory_is_published_and_fetched_through_everything(storage, harme
 def test_s3_publication_that_fails_does_not_exist(storage, harmed, proxy, tmp_path):
     proxy.add(Fault("error", times=10_000, method="PUT", path="weights", **SLOW_DOWN))
     with pytest.raises(StorageError, match="weights"):
-        publish_directory(directory_of(tmp_path / "made", CONTENT), harmed, "d")
+        publish_directory(directory_of(tmp_path / "made", CONTENT), limited(harmed, IMPATIENT), "d")
     with pytest.raises(FileNotFoundError):
         fetch_directory(storage, "d", tmp_path / "copy")
     assert proxy.fired["error"] > 3
@@ -381,14 +384,13 @@ def test_s3_download_to_a_full_disk_is_one_line(storage, tmp_path):
 
 def test_s3_object_server_stopped_for_a_while_is_waited_for(storage, aws):
     # the SDK itself waits a second for leave to send: a window of as long ends attempts that only wait for that
-    waiting = dataclasses.replace(QUICK, patience_s=60, window_s=3, slow_attempts=5)
-    patient = S3Storage(storage.bucket, storage.prefix, waiting)
+    patient = limited(storage, dataclasses.replace(HASTY, patience_s=60, window_s=3, slow_attempts=5))
     patient.write("k", b"1")
     stopped = aws.processes["object"].pid
     os.kill(stopped, signal.SIGSTOP)
     try:
-        threading.Timer(5, os.kill, (stopped, signal.SIGCONT)).start()
         started = time.monotonic()
+        threading.Timer(5, os.kill, (stopped, signal.SIGCONT)).start()
         patient.write("k", CONTENT)
         assert time.monotonic() - started > 4
     finally:
