@@ -140,6 +140,7 @@ def test_43_hostile_json_is_400(tiny: Endpoint, body: bytes, stream: bool) -> No
         content=body,
         headers={"content-type": "application/json"},
         trust_env=False,
+        timeout=60,
     )
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "invalid_json"
@@ -147,9 +148,8 @@ def test_43_hostile_json_is_400(tiny: Endpoint, body: bytes, stream: bool) -> No
 
 def test_43_other_content_type_is_415(tiny: Endpoint) -> None:
     for kind in ("text/plain", "multipart/form-data", "application/x-www-form-urlencoded"):
-        answer = httpx.post(
-            f"{tiny.url}/v1/completions", content=b"{}", headers={"content-type": kind}, trust_env=False
-        )
+        headers = {"content-type": kind}
+        answer = httpx.post(f"{tiny.url}/v1/completions", content=b"{}", headers=headers, trust_env=False, timeout=60)
         assert answer.status_code == 415
 
 
@@ -174,10 +174,11 @@ def test_45_connection_is_good_after_an_error(tiny: Endpoint, connect: Any) -> N
 
 def test_45_head_and_options_are_sane(tiny: Endpoint) -> None:
     for path in ("/healthz", "/v1/models", "/v1/models/tiny"):
-        head = httpx.head(f"{tiny.url}{path}", trust_env=False)
+        head = httpx.head(f"{tiny.url}{path}", trust_env=False, timeout=60)
         assert (head.status_code, head.content) == (200, b"")
     for method in ("OPTIONS", "HEAD"):
-        assert httpx.request(method, f"{tiny.url}/v1/chat/completions", trust_env=False).status_code == 405
+        refused = httpx.request(method, f"{tiny.url}/v1/chat/completions", trust_env=False, timeout=60)
+        assert refused.status_code == 405
 
 
 def test_45_pipelined_pair_is_answered_in_order(tiny: Endpoint) -> None:
@@ -185,7 +186,7 @@ def test_45_pipelined_pair_is_answered_in_order(tiny: Endpoint) -> None:
     lines = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
     head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
     last = "GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", tiny.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", tiny.port), timeout=60) as connection:
         connection.sendall(head.encode() + body + last.encode())
         answer = connection.makefile("rb").read().decode()
     assert answer.index("HTTP/1.1 400") < answer.index("HTTP/1.1 200")
@@ -215,7 +216,7 @@ def test_46_many_calls_leak_nothing(client: str, tiny: Endpoint) -> None:
 
 
 def test_47_document_names_every_status(tiny: Endpoint) -> None:
-    found = httpx.get(f"{tiny.url}/openapi.json", trust_env=False).json()
+    found = httpx.get(f"{tiny.url}/openapi.json", trust_env=False, timeout=60).json()
     assert found["openapi"].startswith("3.1")
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/classifications"):
         operation = found["paths"][path]["post"]
