@@ -8,6 +8,7 @@ or three answers. All limits kept, enough requests and enough time pass the step
 little traffic, or noise, is never taken for success.
 """
 
+import importlib
 import math
 import statistics
 from collections import deque
@@ -158,6 +159,11 @@ def _limits(plan: CanaryConfig, share: float, seen: Evidence) -> tuple[dict[str,
     if plan.max_disagreement is not None:
         limits["disagreement"] = _disagreement(plan.max_disagreement, seen.disagreements)
     return limits, figures
+
+
+def prepare() -> None:
+    """Imports what `judge` needs of scipy, which takes seconds: for before the first answer of a challenger."""
+    importlib.import_module("scipy.stats")
 
 
 def _error_rate(most: float, errors: int, requests: int) -> tuple[Limit, str]:

@@ -22,7 +22,7 @@ from cluster.canaries import Canary, crown_canary, end_canary, latest_canary, ne
 from cluster.champions import Champion
 from cluster.crowning import announce
 from cluster.errors import CorruptArtifact, ModelError
-from services.endpoint.canary import Decision, Evidence, Observation, judge
+from services.endpoint.canary import Decision, Evidence, Observation, judge, prepare
 from services.endpoint.following import ChampionFollower, why_refused
 from services.endpoint.schema import CanaryConfig, EndpointArguments
 from services.endpoint.traffic import TEACHER, Reign, Route, RoutingTable
@@ -271,6 +271,7 @@ class Supervisor:
         except Exception as error:
             self._could_not_start(canary, error)
             return
+        prepare()  # while its version starts; later, all routers would wait for it
         if route is None:
             self._wait_for_start(canary)
             return

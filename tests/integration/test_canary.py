@@ -111,7 +111,7 @@ def test_spoilt_version_is_refused_by_the_gate_and_forced_is_taken_down_without_
     assert users.problems == []
     ended = endpoint.canary()
     assert ended.reason.startswith("error rate: ")
-    assert 2 <= json.loads(ended.figures)["errors"] <= 40, "the first look imports scipy, which takes a second"
+    assert 2 <= json.loads(ended.figures)["errors"] <= 40, "it was taken down late"
     assert endpoint.health()["version"] == "1"
     assert set(endpoint.traffic()) == {"1"}
     wait_until(lambda: find_version(tracking, MODEL, version["version"]).tags.get("canary") == "failed")

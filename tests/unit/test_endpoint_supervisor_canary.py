@@ -1,6 +1,7 @@
 """The supervisor and a canary: its steps, what takes it down, and what is written when."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ def test_clients_that_leave_count_by_their_time_alone(endpoint: Endpoint, engine
     assert ended.state == "failed"
     assert "time to first token" in ended.reason
     assert json.loads(ended.figures)["requests"] == 0
+
+
+def test_what_judges_is_there_before_a_challenger_has_traffic(
+    endpoint: Endpoint, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "scipy.stats", raising=False)
+    challenge(engine)
+    endpoint.turn()
+    assert shown(endpoint.table) == ("1", "2", 0.1)
+    assert "scipy.stats" in sys.modules
 
 
 def test_healthy_challenger_rises_and_reigns(endpoint: Endpoint, engine: Any) -> None:
