@@ -1,5 +1,6 @@
 """Keys and bad clients at a real Serve endpoint: what holds behind Serve's HTTP proxy, not only in the application."""
 
+import contextlib
 import json
 import shutil
 import socket
@@ -26,6 +27,7 @@ from services.endpoint.errors import EndpointUnavailable
 from services.endpoint.schema import EndpointConfig
 from tests.command_line import free_port
 from tests.endpoint_models import crown_version, publish_version
+from tests.running_endpoint import START_S, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -82,7 +84,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         start_endpoint(config.replace(host="0.0.0.0"), MODEL, database)
     with opened_keys(database) as engine:
         _, key = create_key(engine, "alice")
-    url = start_endpoint(config, MODEL, database, timeout_s=120)
+    url = start_endpoint(config, MODEL, database, timeout_s=START_S)
     try:
         yield Guarded(url, config.port, database, key)
     finally:
@@ -94,11 +96,19 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
 def test_key_opens_the_endpoint_until_it_is_revoked(guarded: Guarded) -> None:
     with opened_keys(guarded.database) as engine:
         _, key = create_key(engine, "bob", requests_per_minute=50)
-    time.sleep(2)  # a new key works by then
+
+    def opens() -> bool:
+        try:
+            return bool(ask(guarded.url, MODEL, "the cat", 4, api_key=key))
+        except EndpointUnavailable as refused:
+            if "401" in str(refused):  # not read yet
+                return False
+            raise
+
+    wait_until(opens)
     client = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=key, max_retries=0)
-    assert ask(guarded.url, MODEL, "the cat", 4, api_key=key)
     answer = client.completions.with_raw_response.create(model=MODEL, prompt="the cat", max_tokens=4)
-    assert answer.headers["x-ratelimit-remaining-requests"] == "48"
+    assert answer.headers["x-ratelimit-remaining-requests"] in ("48", "49")  # 1.2 s give one back
     with pytest.raises(EndpointUnavailable, match="401"):
         ask(guarded.url, MODEL, "the cat", 4)
     with opened_keys(guarded.database) as engine:
@@ -136,7 +146,8 @@ def test_slow_clients_do_not_hold_up_others(guarded: Guarded) -> None:
     try:
         for _ in range(3):
             for connection in (*half_headers, *slow_bodies):
-                connection.sendall(b" ")
+                with contextlib.suppress(ConnectionError):  # it has had its 408 already
+                    connection.sendall(b" ")
             assert ask(guarded.url, MODEL, "the cat", 4, api_key=guarded.key)
             time.sleep(1)
         statuses = {connection.recv(12) for connection in slow_bodies}

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from services.endpoint.traffic import Reign, Route, RoutingTable
 from services.endpoint.versions import Version
 from tests.endpoint_models import crown_version, publish_version, save_version
 from tests.local_http import served
+from tests.running_endpoint import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -160,8 +160,7 @@ def test_page_asks_for_the_key_and_keeps_it_in_memory(site: Site, open_page: Cal
     with opened_keys(site.database) as engine:
         _, key = create_key(engine, "alice")
     opened = open_page()
-    time.sleep(0.3)
-    assert opened.goto(site.url).status == 401
+    wait_until(lambda: opened.goto(site.url).status == 401)  # the key is known
     opened.wait_for_selector("#key-input")
     assert opened.is_hidden("#try")
     assert opened.is_hidden("#traffic")
