@@ -22,7 +22,7 @@ ASK = """
 import socket, statistics, sys, time
 seconds = []
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-    s.settimeout(0.1)
+    s.settimeout(float(sys.argv[2]))
     for number in range(20):
         began = time.monotonic()
         s.sendto(bytes([number]), (sys.argv[1], 7))
@@ -43,8 +43,9 @@ def test_wire_carries_delays_loses_and_breaks(tmp_path):
         assert server.stdout is not None
         server.stdout.readline()
 
-        def ask() -> tuple[int, float]:
-            done = subprocess.run(lan.command(0, [sys.executable, "-c", ASK, lan.address(1)]), stdout=-1, check=True)
+        def ask(wait_s: float = 1.0) -> tuple[int, float]:
+            command = lan.command(0, [sys.executable, "-c", ASK, lan.address(1), str(wait_s)])
+            done = subprocess.run(command, stdout=-1, check=True)
             answered, seconds = done.stdout.split()
             return int(answered), float(seconds)
 
@@ -52,12 +53,12 @@ def test_wire_carries_delays_loses_and_breaks(tmp_path):
         lan.set_wire(1, latency_s=0.04)
         assert ask()[1] >= 0.08
         lan.set_wire(1, loss=0.3)
-        assert 0 < ask()[0] < 20
+        assert 0 < ask(0.1)[0] < 20
         assert lan.wires[1].lost > 0
         lan.set_wire(1, cut=True)
-        assert ask()[0] == 0
+        assert ask(0.1)[0] == 0
         lan.set_wire(1)
         assert ask()[0] == 20
         lan.kill(1)
-        assert ask()[0] == 0
+        assert ask(0.1)[0] == 0
         server.wait(10)
