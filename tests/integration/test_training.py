@@ -1,7 +1,5 @@
 """Training on real Ray Train workers against a real teacher service: any number of workers, and faults on the way."""
 
-import os
-import signal
 import threading
 import time
 
@@ -146,40 +144,46 @@ def processes(name):
     return found
 
 
-def test_training_goes_on_when_a_teacher_replica_is_killed(base, access, connection, one_worker):
-    times, killed = [], []
+class Killing:
+    """Kills one of so many processes of a name when a step is reported. What is raised there nobody hears: `check`."""
 
-    def on_step(step, metrics):
-        times.append(time.monotonic())
-        if step >= 4 and not killed:
-            replicas = processes("ServeReplica:teacher")
-            assert len(replicas) == 2
-            killed.append(replicas[0].pid)
-            os.kill(replicas[0].pid, signal.SIGKILL)
+    def __init__(self, name, count, step):
+        self.name, self.count, self.step = name, count, step
+        self.times, self.found, self.killed = [], None, float("inf")
+
+    def __call__(self, step, metrics):
+        self.times.append(time.monotonic())
+        if step >= self.step and self.found is None:
+            self.found = processes(self.name)
+            self.found[0].kill()
+            self.killed = time.monotonic()
+
+    def check(self):
+        assert self.found is not None, f"step {self.step} was not reported"
+        assert len(self.found) == self.count
+        # Steps come in heaps, those of half a second together.
+        assert max(self.times) > self.killed + 0.2, "training was over before the kill: it needs more steps"
+
+
+def test_training_goes_on_when_a_teacher_replica_is_killed(base, access, connection, one_worker):
+    killing = Killing("ServeReplica:teacher", 2, 4)
 
     # Small micro-batches and a window of one answer: requests are in flight all the time.
     access = access.replace(window_bytes=1)
-    outcome = run_training(plan(base, access, "killed-replica", micro_batch=1), connection, NoBar(), on_step)
-    assert killed
+    outcome = run_training(plan(base, access, "killed-replica", micro_batch=1), connection, NoBar(), killing)
+    killing.check()
     assert outcome["rows_checksum"] == planned_checksum(base)
     assert outcome["rows"] == STEPS * BATCH
     np.testing.assert_allclose(outcome["losses"], one_worker["losses"], rtol=1e-4)
-    stalls = np.diff(times)
-    assert stalls.max() < 30, f"longest pause between two steps: {stalls.max():.1f} s"
+    stalls = np.diff(killing.times)
+    assert stalls.max() < 90, f"longest pause between two steps: {stalls.max():.1f} s"
 
 
 def test_training_worker_killed_goes_back_to_its_checkpoint_and_loses_no_row(base, access, connection, one_worker):
-    killed = []
-
-    def on_step(step, metrics):
-        if step >= 6 and not killed:
-            workers = processes("RayTrainWorker")
-            killed.append(workers[0].pid)
-            os.kill(workers[0].pid, signal.SIGKILL)
-
+    killing = Killing("RayTrainWorker", 1, 6)
     slow = access.replace(window_bytes=1)
-    outcome = run_training(plan(base, slow, "killed-worker", micro_batch=1), connection, NoBar(), on_step)
-    assert killed
+    outcome = run_training(plan(base, slow, "killed-worker", micro_batch=1), connection, NoBar(), killing)
+    killing.check()
     assert outcome["rows_checksum"] == planned_checksum(base)
     np.testing.assert_allclose(outcome["losses"], one_worker["losses"], rtol=1e-4)
 
@@ -193,7 +197,7 @@ def test_training_non_finite_loss_stops_at_once_with_row_ids(base, access, conne
             NoBar(),
             lambda step, metrics: None,
         )
-    assert time.monotonic() - started < 60, "it must not be tried again"
+    assert time.monotonic() - started < 240, "it must not be tried again"
 
 
 def test_training_leaves_no_thread_behind(one_worker):
