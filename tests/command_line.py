@@ -24,6 +24,19 @@ def raystill(*arguments: Any, cwd: Path, **options: Any) -> subprocess.Completed
     return subprocess.run([*COMMAND, *map(str, arguments)], cwd=cwd, **options)
 
 
+def end(*processes: "subprocess.Popen[str]") -> None:
+    """Asks those that still run to end, as they end their Ray then; a minute later they are killed."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 def last_json(text: str) -> Any:
     return json.loads(text.strip().splitlines()[-1])
 

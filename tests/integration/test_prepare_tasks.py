@@ -92,10 +92,10 @@ def test_prepare_broken_object_in_a_task_is_named_and_nothing_is_left(tmp_path, 
     assert len(manifest["skipped"]) == 1
 
 
-def prepare_processes():
-    """Workers of our own Ray that run our tasks now."""
+def prepare_processes(parent=None):
+    """Workers of our own Ray, or of another process's, that run our tasks now."""
     found = []
-    for item in psutil.Process().children(recursive=True):
+    for item in psutil.Process(parent).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
             if "_reporting" in " ".join(item.cmdline()):
                 found.append(item)
@@ -144,16 +144,20 @@ def test_prepare_killed_with_its_ray_goes_on_with_what_is_finished(tmp_path, lar
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True
     )
-    end = time.monotonic() + 120
-    while not list((tmp_path / "root").rglob("*-*.json")):
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        end = time.monotonic() + 120
+        while not list((tmp_path / "root").rglob("*-*.json")):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        workers = prepare_processes(process.pid)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    _, left = psutil.wait_procs(workers, timeout=60)  # they end with it
+    assert not left
     assert not (tmp_path / "root/store/x/manifest.json").exists()
     done = {name: inode for name, inode in files(tmp_path / "root").items() if not name.endswith(".partial")}
-    time.sleep(3)  # its workers end with it
     manifest = build(tmp_path / "root", large, 0)
     after = files(tmp_path / "root")
     records = {name: inode for name, inode in done.items() if name.endswith(".json")}
