@@ -31,7 +31,7 @@ import numpy as np
 
 from tests import namespaces, tiny
 from tests.benchmarks.sides import arguments, show
-from tests.command_line import COMMAND, environment
+from tests.command_line import COMMAND, end, environment
 from tests.in_process_training import trained_here
 from tests.instance_metadata import Service
 from tests.ray_cluster import RayCluster, running, wait_until
@@ -69,7 +69,13 @@ class Watched:
 
     def actors(self, name: str) -> list[str]:
         """Nodes of the living actors whose class is called so, one for each actor."""
-        found = self.get("/api/v0/actors?limit=1000&detail=true")["data"]["result"]["result"]
+
+        def listed() -> list[Any] | None:
+            with contextlib.suppress(OSError, ValueError, TypeError):  # busy: no answer, or None for a result
+                return [list(self.get("/api/v0/actors?limit=1000&detail=true")["data"]["result"]["result"])]
+            return None
+
+        [found] = wait_until(listed, 60, "a list of the actors")
         return [item["node_id"] for item in found if item["state"] == "ALIVE" and name in item["class_name"]]
 
     def replicas(self) -> dict[str, int] | None:
@@ -315,8 +321,7 @@ def plain(watched: Watched, directory: Path, fault: str) -> dict[str, Any]:
             "again": len(seen) - len({item["step"] for item in seen}),
         }
     finally:
-        process.terminate()
-        process.wait()
+        end(process)
         watched.cluster.add(num_cpus=1, resources={"spare": 1})
 
 

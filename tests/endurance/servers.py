@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests import mlflow_server, postgres_server, s3_server
-from tests.command_line import COMMAND, environment, free_port, last_json
+from tests.command_line import COMMAND, end, environment, free_port, last_json
 from tests.planted_secrets import Planted, kept_logs
 
 NAMES = ("first", "second")
@@ -39,21 +39,24 @@ def run_both(directory: Path, variables: dict[str, str], share: float) -> dict[s
         SystemExit: one of them failed.
     """
     steps = [f"teacher.train.steps={round(share * TEACHER_STEPS)}", f"train.steps={round(share * STEPS)}"]
-    processes = {}
-    for name in NAMES:
-        (directory / name).mkdir()
-        own = [f"name={name}", f"storage=s3://bucket/{name}", f"serve.port={free_port()}"]
-        if share < 1:
-            own.append("promote.max_quality_drop=0.05")
-        processes[name] = subprocess.Popen(
-            [*COMMAND, "run", str(DEMO), *own, *steps, "--json"],
-            cwd=directory / name,
-            env={**environment(), **variables},
-            stdout=subprocess.PIPE,
-            stderr=(directory / name / "stderr").open("w"),
-            text=True,
-        )
-    said = {name: process.communicate()[0] for name, process in processes.items()}
+    processes: dict[str, subprocess.Popen[str]] = {}
+    try:
+        for name in NAMES:
+            (directory / name).mkdir()
+            own = [f"name={name}", f"storage=s3://bucket/{name}", f"serve.port={free_port()}"]
+            if share < 1:
+                own.append("promote.max_quality_drop=0.05")
+            processes[name] = subprocess.Popen(
+                [*COMMAND, "run", str(DEMO), *own, *steps, "--json"],
+                cwd=directory / name,
+                env={**environment(), **variables},
+                stdout=subprocess.PIPE,
+                stderr=(directory / name / "stderr").open("w"),
+                text=True,
+            )
+        said = {name: process.communicate()[0] for name, process in processes.items()}
+    finally:
+        end(*processes.values())
     for name, process in processes.items():
         if process.returncode != 0:
             raise SystemExit(f"{name}: {said[name][-1000:]}{(directory / name / 'stderr').read_text()[-3000:]}")
