@@ -19,9 +19,8 @@ each_sdk = pytest.mark.parametrize("client", SDK)
 
 
 def test_27_events_have_their_form(tiny: Endpoint) -> None:
-    with httpx.stream(
-        "POST", f"{tiny.url}/v1/chat/completions", json=chat(tiny, stream=True), trust_env=False
-    ) as answer:
+    body = chat(tiny, stream=True)
+    with httpx.stream("POST", f"{tiny.url}/v1/chat/completions", json=body, trust_env=False, timeout=60) as answer:
         assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
         assert answer.headers["cache-control"] == "no-cache"
         body = b"".join(answer.iter_raw())
@@ -106,9 +105,8 @@ def test_31_later_errors_are_raised_by_the_clients(client: str, breaking: Endpoi
 
 
 def test_31_later_errors_are_events_that_end_the_stream(breaking: Endpoint) -> None:
-    answer = httpx.post(
-        f"{breaking.url}/v1/chat/completions", json=chat(breaking, temperature=0, stream=True), trust_env=False
-    )
+    body = chat(breaking, temperature=0, stream=True)
+    answer = httpx.post(f"{breaking.url}/v1/chat/completions", json=body, trust_env=False, timeout=60)
     assert answer.status_code == 200
     *chunks, last = server_sent_events(answer.text)
     assert content(chunks).startswith("a")
