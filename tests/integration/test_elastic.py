@@ -5,8 +5,10 @@ import json
 import shutil
 import sqlite3
 import subprocess
+from collections.abc import Iterator
 
 import numpy as np
+import psutil
 import pytest
 
 from tests import tiny
@@ -19,6 +21,24 @@ TOKEN = "token-" + "7b2e" * 12
 STEPS = 1500
 
 
+@contextlib.contextmanager
+def held_workers() -> Iterator[None]:
+    """Training stands still in the block, so that what happens there happens within the run."""
+    held = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                process.suspend()
+                held.append(process)
+    assert held
+    try:
+        yield
+    finally:
+        for process in held:
+            process.resume()
+
+
+@pytest.mark.timeout(1500)  # the two limits below, and what is around them
 def test_training_grows_with_the_cluster_and_learns_the_same(tmp_path, forked_raystill):
     variables = {**environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAYSTILL_LOG": "INFO"}
     config = tiny.run_config(
@@ -44,9 +64,12 @@ def test_training_grows_with_the_cluster_and_learns_the_same(tmp_path, forked_ra
     def reported():
         if not (grown / "mlflow.db").is_file():
             return []
-        with contextlib.suppress(sqlite3.OperationalError), sqlite3.connect(grown / "mlflow.db") as database:
+        with (
+            contextlib.suppress(sqlite3.OperationalError),  # locked, or its tables are being made
+            contextlib.closing(sqlite3.connect(f"file:{grown}/mlflow.db?mode=ro", uri=True, timeout=30)) as database,
+        ):
             return database.execute("select step, value from metrics where key = 'train/workers'").fetchall()
-        return []  # its tables are being made
+        return []
 
     with running({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}, num_cpus=1) as cluster:
         cluster.add(num_cpus=1, resources={"student_slot": 1})
@@ -59,9 +82,10 @@ def test_training_grows_with_the_cluster_and_learns_the_same(tmp_path, forked_ra
             text=True,
         )
         try:
-            wait_until(lambda: process.poll() is not None or len(reported()) > 5, 500, "the first steps")
-            cluster.add(num_cpus=1, resources={"student_slot": 1})
-            _, said = process.communicate(timeout=900)
+            wait_until(lambda: process.poll() is not None or reported(), 500, "the first step")
+            with held_workers():  # a node may be late
+                cluster.add(num_cpus=1, resources={"student_slot": 1})
+            _, said = process.communicate(timeout=600)
         finally:
             process.kill()
     assert process.returncode == 0, said[-3000:]
