@@ -257,7 +257,7 @@ class LocalStorage(Storage):
 
     def sweep(self) -> None:
         if swept := sweep(self.root):
-            logger.info("removed %d unfinished files of killed processes below %s", swept, self.root)
+            logger.info("removed %d unfinished files and directories of killed processes below %s", swept, self.root)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:

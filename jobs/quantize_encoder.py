@@ -21,8 +21,9 @@ from cluster.config import validate
 from cluster.encoder_texts import TextReader, read_pooling, text_files
 from cluster.errors import ConfigError, CorpusError, EvaluationFailed, ModelError
 from cluster.model_directory import model_kind as use_of
-from cluster.published import MANIFEST, delete_directory, publish_directory
+from cluster.published import MANIFEST, publish_directory
 from cluster.storage import LocalStorage
+from cluster.unfinished import whole_directory
 from jobs.quantization.config import QuantizationScheme, QuantizeConfig
 from jobs.quantization.pairings import check_pairings, model_kind
 
@@ -48,7 +49,7 @@ def quantize_encoder(
     """Quantises an encoder in every scheme and measures each, and the float model, in fresh processes.
 
     Args:
-        into: gets a directory for each scheme; one that is there from before is replaced.
+        into: gets a directory for each scheme, once that was measured; one that is there from before is replaced then.
         texts: at least one; they are read as the endpoint reads them.
         labels: of a classifier's texts, from 0.
         report: is told how many models are done, and what is being worked on.
@@ -61,7 +62,10 @@ def quantize_encoder(
 
     Raises:
         ConfigError: a scheme that no encoder has, a model that is none, or a directory that is somebody else's.
-        QuantizationFailed: an artefact that a fresh process reads otherwise; it is removed.
+        QuantizationFailed: an artefact that a fresh process reads otherwise.
+        EvaluationFailed: a fresh process could not measure a model.
+            After either, and after an interruption, nothing is left of that artefact, and what `into` had from before
+            is there still.
     """
     from jobs.evaluating.similarity import similarity_figures
     from jobs.quantization.loading import read_config
@@ -85,21 +89,19 @@ def quantize_encoder(
                 f"{into / scheme} is there already and has no {MANIFEST}: remove it, or name another INTO"
             )
     rows = read_texts(directory, texts)
+    storage.sweep()
     report(0, "float: measuring")
     exact_figures, exact = _measure_elsewhere(directory, "float", rows, labels, threads)
     exact, measured = exact.float(), {"float": exact_figures}
     for done, scheme in enumerate(asked.schemes, start=1):
         report(done, f"{scheme}: quantising")
-        found = make_artefact(directory, storage, scheme, rows[:_BATCH_ROWS], threads)
-        report(done, f"{scheme}: measuring")
-        figures, outputs = _measure_elsewhere(into / scheme, scheme, rows, labels, threads)
-        largest = float(found.abs().max())
-        figures["reload_error"] = float((found.double() - outputs).abs().max()) / largest
-        try:
+        with whole_directory(into / scheme) as artefact:
+            found = make_artefact(directory, artefact, scheme, rows[:_BATCH_ROWS], threads)
+            report(done, f"{scheme}: measuring")
+            figures, outputs = _measure_elsewhere(artefact, scheme, rows, labels, threads)
+            largest = float(found.abs().max())
+            figures["reload_error"] = float((found.double() - outputs).abs().max()) / largest
             check_reload(scheme, figures)
-        except Exception:
-            delete_directory(storage, scheme)
-            raise
         lengths = [len(ids) for ids in rows[:_BATCH_ROWS]]
         measured[scheme] = {**figures, **similarity_figures(outputs.numpy(), exact.numpy(), lengths)}
     report(len(measured), "")
@@ -123,10 +125,10 @@ def _write_report(
 
 
 def make_artefact(
-    directory: Path, storage: LocalStorage, scheme: QuantizationScheme, rows: list[list[int]], threads: int
+    directory: Path, artefact: Path, scheme: QuantizationScheme, rows: list[list[int]], threads: int
 ) -> Any:
-    """Quantises an encoder and publishes it as `scheme`, with all that its directory says of texts; returns what the
-    artefact makes of rows of token ids (`EncoderScorer.outputs`)."""
+    """Quantises an encoder and publishes it in an empty directory, with all that its own directory says of texts;
+    returns what the artefact makes of rows of token ids (`EncoderScorer.outputs`)."""
     import transformers
 
     from cluster.pretrained import load_tokenizer
@@ -140,8 +142,7 @@ def make_artefact(
             (path / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(directory / file, path / file)
         found = EncoderScorer(path, scheme, threads).outputs(rows)
-        delete_directory(storage, scheme)
-        publish_directory(path, storage, scheme, scheme=scheme, versions=versions)
+        publish_directory(path, LocalStorage(artefact.parent), artefact.name, scheme=scheme, versions=versions)
     return found
 
 
