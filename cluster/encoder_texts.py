@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ModelError
-from cluster.model_directory import read_json
+from cluster.errors import ModelError, StorageError
+from cluster.model_directory import model_kind, read_json
+from cluster.storage import check_key
 
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "mpnet"}
 """Families that number positions from behind the padding's id, so that the table holds fewer texts than rows."""
@@ -40,7 +41,7 @@ class TextReader:
             max_tokens: a limit beside those that the directory names; `max_tokens` is the least of them.
 
         Raises:
-            ModelError: no tokenizer, or a damaged file beside it.
+            ModelError: no tokenizer, a damaged file beside it, or no id to pad a classifier's texts with.
         """
         from transformers import AutoTokenizer
 
@@ -51,9 +52,9 @@ class TextReader:
         # A limit saved with the tokenizer would cut long texts without a word.
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.backend_tokenizer.no_padding()
-        self.pad_id = int(self.tokenizer.pad_token_id or 0)
+        self.pad_id = read_pad_id(directory)
         self._prepare, self._prefix = _preparation(directory)
-        self.max_tokens = min([max_tokens, *_limits(directory, self.tokenizer)])
+        self.max_tokens = min([max_tokens, *_limits(directory, self.tokenizer, self.pad_id)])
 
     def token_ids(self, text: str, truncate: bool) -> list[int]:
         """Token ids of a text, special tokens included.
@@ -75,6 +76,31 @@ class TextReader:
 
 def read_pooling(directory: Path) -> Pooling:
     """What `modules.json` and the files that it names say; the mean where there is none.
+
+def read_pad_id(directory: Path) -> int:
+    """What fills up the shorter texts of a batch: the config's id, whatever the tokenizer's is. A classifier of a
+    decoder's kind reads the last token that is another one; to all else it is masked.
+
+    Raises:
+        ModelError: no config that transformers reads, or a classifier whose config names no such id.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{directory.name}: its config cannot be read ({reason})") from error
+    found = getattr(config.get_text_config(), "pad_token_id", None)
+    if isinstance(found, int) and found >= 0:
+        return found
+    if model_kind(directory) == "classifications":
+        raise ModelError(
+            f"{directory.name}: config.json has pad_token_id {found}, so a batch's shorter texts cannot be filled up: "
+            "name the id that the classifier was trained with"
+        )
+    return 0
+
 
     Raises:
         ModelError: modules that are not known, or a damaged file.
@@ -155,12 +181,12 @@ def _sentence_config(directory: Path) -> dict[str, Any]:
     return next((read_json(path) for path in sorted(directory.glob("sentence_*_config.json"))), {})
 
 
-def _limits(directory: Path, tokenizer: Any) -> list[int]:
+def _limits(directory: Path, tokenizer: Any, pad_id: int) -> list[int]:
     """Every limit of a text's length that the directory names."""
     config = read_json(directory / "config.json")
     positions = config.get("max_position_embeddings")
     if isinstance(positions, int) and config.get("model_type") in _OFFSET_POSITIONS:
-        positions -= int(config.get("pad_token_id") or 0) + 1
+        positions -= pad_id + 1
     found = [
         _sentence_config(directory).get("max_seq_length"),
         positions,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.encoder_texts import read_pad_id
 from cluster.errors import ModelError
 from jobs.quantization.config import ON_ONNXRUNTIME
 from jobs.quantization.loading import model_class
@@ -20,11 +21,12 @@ class EncoderScorer:
     """Loads a directory by its scheme: `float`, or one that goes with encoders (`jobs.quantization.pairings`).
 
     Raises:
-        ModelError: the directory cannot be loaded.
+        ModelError: the directory cannot be loaded, or is a classifier without an id to pad with.
     """
 
     def __init__(self, directory: Path, scheme: str, threads: int) -> None:
         torch.set_num_threads(threads)
+        self._pad_id = read_pad_id(directory)
         self._session: Any = None
         try:
             if scheme in ON_ONNXRUNTIME:
@@ -47,7 +49,7 @@ class EncoderScorer:
         Shorter rows are filled up behind their end, where the output means nothing.
         """
         longest = max(map(len, rows))
-        ids_BT = np.array([row + [0] * (longest - len(row)) for row in rows], np.int64)
+        ids_BT = np.array([row + [self._pad_id] * (longest - len(row)) for row in rows], np.int64)
         mask_BT = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in rows], np.int64)
         if self._session is not None:
             feed = {"input_ids": ids_BT, "attention_mask": mask_BT, "token_type_ids": np.zeros_like(ids_BT)}

@@ -10,7 +10,7 @@ import transformers
 from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score
 
-from cluster.errors import ConfigError, CorpusError
+from cluster.errors import ConfigError, CorpusError, ModelError
 from jobs import quantize_encoder as job
 from jobs.evaluating.classification import classification_figures
 from jobs.evaluating.encoder_report import render_encoder_report
@@ -177,6 +177,33 @@ def test_encoder_command_says_what_is_wrong_in_one_line(tmp_path, forked_raystil
 
 def test_encoders_table_has_quality_where_rows_had_labels():
     plain = {name: {"bytes": size, "batch_s": 0.5} for name, size in (("float", 4e6), ("int8_weight_only", 1e6))}
+@pytest.mark.parametrize("scheme", ["float", "onnx_int8"])
+def test_classifier_of_a_decoders_kind_reads_each_text_to_its_own_end(tmp_path, scheme):
+    config = transformers.AutoConfig.for_model(
+        "llama",
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=1,
+        num_labels=3,
+        initializer_range=0.5,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "m")
+    tiny.tokenizer(tmp_path / "m")  # which names no padding
+    if scheme == "onnx_int8":
+        onnx_int8.quantize(str(tmp_path / "m"), tmp_path / "m")
+    scorer = EncoderScorer(tmp_path / "m", scheme, 1)
+    rows = [[5, 9, 11, 30, 2], [7, 8], [31, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
+    alone = torch.cat([scorer.outputs([row]) for row in rows])
+    assert (scorer.outputs(rows) - alone).abs().max() < 0.05 * alone.abs().max()
+    if scheme == "float":
+        model = EncoderModel(tmp_path / "m", "classifications", 64)
+        assert np.abs(model.classify(rows, lambda: False) - alone.softmax(-1).numpy()).max() < 1e-5
+
+
     quality = {"accuracy": 0.9, "accuracy_low": 0.85, "accuracy_high": 0.94, "num_rows": 200, "num_labels": 3}
     quality |= {"macro_f1": 0.88, "macro_f1_low": 0.82, "macro_f1_high": 0.93}
     labelled = {name: figures | quality for name, figures in plain.items()}
