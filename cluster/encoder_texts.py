@@ -7,7 +7,7 @@ The endpoint reads by it, and so does whoever measures what the endpoint will do
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cluster.errors import ModelError, StorageError
@@ -103,7 +103,7 @@ def read_pad_id(directory: Path) -> int:
 
 
     Raises:
-        ModelError: modules that are not known, or a damaged file.
+        ModelError: modules that are not known or lie outside the directory, or a damaged file.
     """
     modules = _modules(directory)
     normalises, ways, pooled = False, ["mean"], False
@@ -128,7 +128,8 @@ def text_files(directory: Path) -> list[str]:
     modules = _modules(directory)
     if not modules:
         return []
-    of_modules = [f"{module['path']}/config.json" for module in modules if module.get("path")]
+    places = [str(module.get("path") or "") for module in modules]
+    of_modules = [f"{place}/config.json" for place in places if PurePosixPath(place).parts]
     beside = [path.name for path in sorted(directory.glob("sentence_*_config.json"))]
     named = ["modules.json", "config_sentence_transformers.json", *beside, *of_modules]
     return [name for name in named if (directory / name).is_file()]
@@ -151,7 +152,7 @@ def _modules(directory: Path) -> list[dict[str, Any]]:
     """The modules that sentence-transformers makes an embedding of; none where it did not save the directory.
 
     Raises:
-        ModelError: `modules.json` is damaged.
+        ModelError: `modules.json` is damaged, or names a place that is not below the directory.
     """
     path = directory / "modules.json"
     if not path.is_file():
@@ -165,6 +166,12 @@ def _modules(directory: Path) -> list[dict[str, Any]]:
     return found
 
 
+    for module in found:
+        place = str(module.get("path") or "")
+        try:
+            check_key(place)
+        except StorageError as error:
+            raise ModelError(f"model file {path}: a module lies in {place!r}, outside the directory") from error
 def _preparation(directory: Path) -> tuple[Callable[[str], str], str]:
     """What is done to a text before it is tokenised, and what is put in front of it."""
     if not _modules(directory):

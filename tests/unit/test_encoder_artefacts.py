@@ -12,6 +12,7 @@ import torch
 import transformers
 from starlette.testclient import TestClient
 
+from cluster.encoder_texts import TextReader, text_files
 from cluster.errors import ConfigError, ModelError
 from cluster.model_directory import read_model_directory
 from jobs import quantize_encoder as job
@@ -136,6 +137,29 @@ def test_modules_that_cannot_be_served_are_refused_before_any_work(tmp_path: Pat
     with pytest.raises(ModelError, match="names a module Dense"):
         job.quantize_encoder(str(tmp_path / "m"), tmp_path / "made", ["onnx_int8"], TEXTS)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("place", ["../x", "/", "1_Pooling/../../x"])
+def test_module_outside_its_directory_is_refused(tmp_path: Path, place: str) -> None:
+    save_encoder(tmp_path / "m", {"pooling_mode_mean_tokens": True})
+    place = str(tmp_path / "x") if place == "/" else place
+    modules = json.loads((tmp_path / "m/modules.json").read_text())
+    (tmp_path / "m/modules.json").write_text(json.dumps([modules[0], {**modules[1], "path": place}]))
+    (tmp_path / "m/1_Pooling").rename(tmp_path / "x")
+    with pytest.raises(ModelError, match="outside the directory"):
+        text_files(tmp_path / "m")
+    with pytest.raises(ModelError, match="outside the directory"):
+        EncoderModel(tmp_path / "m", "embeddings", 64)
+    with pytest.raises(ModelError, match="outside the directory"):
+        job.quantize_encoder(str(tmp_path / "m"), tmp_path / "made", ["onnx_int8"], TEXTS)
+    assert not (tmp_path / "made").exists()
+
+
+def test_module_that_lies_in_the_directory_itself_adds_no_file(tmp_path: Path) -> None:
+    save_encoder(tmp_path, {"pooling_mode_mean_tokens": True}, normalise=True)
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    (tmp_path / "modules.json").write_text(json.dumps([*modules[:2], {**modules[2], "path": "."}]))
+    assert text_files(tmp_path) == ["modules.json", "sentence_bert_config.json", "1_Pooling/config.json"]
 
 
 def test_graph_of_another_use_and_unknown_scheme_are_refused(tmp_path: Path) -> None:
