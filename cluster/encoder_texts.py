@@ -14,8 +14,11 @@ from cluster.errors import ModelError, StorageError
 from cluster.model_directory import model_kind, read_json
 from cluster.storage import check_key
 
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "mpnet"}
-"""Families that number positions from behind the padding's id, so that the table holds fewer texts than rows."""
+_OFFSET_POSITIONS = {
+    *("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "mpnet", "xmod", "longformer"),
+    *("data2vec-text", "ibert", "lilt", "luke"),
+}
+"""Families that number positions from behind the padding's id, so that a text has fewer tokens than the table rows."""
 
 POOLING_WAYS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 """The ways of sentence-transformers (Reimers and Gurevych, arXiv 1908.10084), in the order in which it joins them."""

@@ -172,5 +172,12 @@ def test_graph_of_another_use_and_unknown_scheme_are_refused(tmp_path: Path) -> 
         ("int4_qat", "scheme 'int4_qat' of an encoder is not known here; known: float, int8_weight_only"),
     ):
         (tmp_path / "m/manifest.json").write_text(json.dumps({"scheme": scheme}))
+@pytest.mark.parametrize("family", ["roberta", "longformer", "xmod", "data2vec-text", "ibert", "lilt", "luke", "mpnet"])
+def test_families_that_count_positions_from_behind_the_padding_read_fewer_tokens(tmp_path: Path, family: str) -> None:
+    save_encoder(tmp_path)
+    transformers.AutoConfig.for_model(family, max_position_embeddings=66, pad_token_id=1).save_pretrained(tmp_path)
+    assert TextReader(tmp_path, 2048).max_tokens == 64
+
+
         with pytest.raises(ModelError, match=words):
             EncoderModel(tmp_path / "m", "embeddings", 64)
