@@ -43,7 +43,7 @@ def add_encoder_commands(app: typer.Typer, guard: Guard) -> None:
             from jobs.quantize_encoder import quantize_encoder as quantise
             from jobs.tables import encoders_table
 
-            schemes: list[str] = [*(scheme or SCHEMES)]
+            schemes: list[str] = [*dict.fromkeys(scheme or SCHEMES)]
             texts, labels = read_rows(rows, text_column, label_column, max_rows)
             disable_progress_bar()  # of loading and saving a model, beside our own
             with ConsoleProgress() as progress:

@@ -10,9 +10,11 @@ import transformers
 from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score
 
+from typer.testing import CliRunner
 from cluster.errors import ConfigError, CorpusError, ModelError
 from jobs import quantize_encoder as job
 from jobs.evaluating.classification import classification_figures
+from jobs.__main__ import app
 from jobs.evaluating.encoder_report import render_encoder_report
 from jobs.evaluating.similarity import similarity_figures
 from jobs.quantization import int8_dynamic, int8_weight_only, onnx_int8
@@ -264,6 +266,21 @@ def wilson(right, rows, z=1.959964):
     share, square = right / rows, z * z / rows
     half = z * (share * (1 - share) / rows + square / (4 * rows)) ** 0.5
     return [(share + square / 2 + sign * half) / (1 + square) for sign in (-1, 1)]
+def test_scheme_that_is_named_again_is_made_once(tmp_path, monkeypatch):
+    rows, asked = tmp_path / "rows.jsonl", []
+    rows.write_text('{"text": "a"}')
+
+    def quantise(model, into, schemes, texts, labels, threads, report):
+        asked.extend(schemes)
+        return {}
+
+    monkeypatch.setattr(job, "quantize_encoder", quantise)
+    arguments = ["quantize-encoder", "m", "made", "--rows", str(rows), "--json"]
+    done = CliRunner().invoke(app, [*arguments, *["--scheme", "onnx_int8", "--scheme", "onnx_int4"] * 2])
+    assert done.exit_code == 0, done.output
+    assert asked == ["onnx_int8", "onnx_int4"]
+
+
 
 
 @pytest.mark.parametrize(("rows", "labels", "noise"), [(400, 3, 0.8), (60, 5, 2.0), (25, 2, 0.0), (1, 3, 0.0)])
