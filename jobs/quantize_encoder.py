@@ -6,6 +6,7 @@ float model beside it. An artefact is served as it lies there: it says as much o
 """
 
 import json
+import itertools
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ SCHEMES: list[QuantizationScheme] = ["int8_weight_only", "int8_dynamic", "onnx_i
 _BATCH_ROWS = 16
 _REPEATS = 6
 REPORT = "report.html"
+_READ_ROWS = 1024
+"""Rows of a .parquet file that are read together."""
 """Name of the page beside the artefacts."""
 
 
@@ -240,27 +243,58 @@ def read_rows(
         label_column: None takes no labels.
 
     Raises:
-        CorpusError: the file or a column is not there, or a label is no such number.
+        CorpusError: the file or a column is not there, a text is none, or a label is no such number.
     """
     import pyarrow
-    import pyarrow.json
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path) if path.suffix == ".parquet" else pyarrow.json.read_json(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_columns(f"rows {path}", columns, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=_READ_ROWS, columns=columns):
+                yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise CorpusError(f"rows {path}: cannot be read ({str(error).splitlines()[0]})") from error
-    for name in (text_column, label_column):
-        if name is not None and name not in table.column_names:
-            raise CorpusError(f"rows {path}: no column {name!r}; found {', '.join(table.column_names)}")
-    table = table.slice(0, max_rows)
-    texts = [str(text) for text in table[text_column].to_pylist()]
-    if not texts:
+
+
+def _jsonl_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.isspace():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise CorpusError(f"rows {path}: line {number} is not JSON ({error})") from error
+                if not isinstance(row, dict):
+                    raise CorpusError(f"rows {path}: line {number} is no JSON object")
+                _check_columns(f"rows {path}: line {number}", columns, row)
+                yield row
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"rows {path}: cannot be read ({error})") from error
+
+
+def _check_columns(where: str, columns: list[str], found: Iterable[str]) -> None:
+    if missing := [name for name in columns if name not in found]:
+        raise CorpusError(f"{where}: no column {missing[0]!r}; found {', '.join(found)}")
+        max_rows: the first so many are read, and no more of the file.
+    columns = [*dict.fromkeys(name for name in (text_column, label_column) if name is not None)]
+    read = _parquet_rows if path.suffix == ".parquet" else _jsonl_rows
+    rows = list(itertools.islice(read(path, columns), max_rows))
+    if not rows:
         raise CorpusError(f"rows {path}: no rows in it")
-    if label_column is None:
-        return texts, None
-    labels = table[label_column].to_pylist()
-    wrong = next((label for label in labels if not isinstance(label, int) or label < 0), None)
-    if wrong is not None:
-        raise CorpusError(f"rows {path}: {label_column} holds {wrong!r}; expected whole numbers from 0")
-    return texts, labels
+    for number, row in enumerate(rows):
+        if not isinstance(row[text_column], str):
+            raise CorpusError(
+                f"rows {path}: row {number}: {text_column} holds {row[text_column]!r:.80}; expected a text"
+            )
+        label = 0 if label_column is None else row[label_column]
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise CorpusError(
+                f"rows {path}: row {number}: {label_column} holds {label!r:.80}; expected whole numbers from 0"
+            )
+    return [row[text_column] for row in rows], None if label_column is None else [row[label_column] for row in rows]
+
+
+def _parquet_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:

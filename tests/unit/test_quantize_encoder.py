@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import transformers
@@ -156,25 +157,81 @@ def test_encoder_command_refuses_before_any_work(tmp_path):
 def test_rows_that_cannot_be_read_are_named(tmp_path, content, columns, words):
     path = tmp_path / "rows.jsonl"
     if content is not None:
+        ('{"text": "a", "label": true}', ("text", "label"), "label holds True; expected whole numbers"),
+        (
+            '{"text": "a", "label": 0}\n{"text": null, "label": 1}',
+            ("text", None),
+            "row 1: text holds None; expected a text",
+        ),
+        ('{"text": ["a", "b"]}', ("text", None), r"row 0: text holds \['a', 'b'\]; expected a text"),
+        ('{"text": "a"}\n{"text": ', ("text", None), "line 2 is not JSON"),
+        ('"a"', ("text", None), "line 1 is no JSON object"),
+        ("\n", ("text", None), "no rows in it"),
         path.write_text(content)
     with pytest.raises(CorpusError, match=words):
         job.read_rows(path, *columns, 10)
 
 
-def test_encoder_command_says_what_is_wrong_in_one_line(tmp_path, forked_raystill):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "a", "label": 0}')
-    encoder = save_encoder(tmp_path / "m", kind="AutoModel")
-    for options, words in (
-        (["--label-column", "label"], "is no classifier, so labels say nothing of it: leave --label-column out"),
-        (["--text-column", "sentence"], "no column 'sentence'; found text, label"),
-    ):
-        done = forked_raystill("quantize-encoder", encoder, "made", "--rows", rows, *options, "--json", cwd=tmp_path)
-        assert done.returncode == 2
-        assert words in done.stderr
-        assert done.stderr.startswith("raystill: ")
-        assert len(done.stderr.splitlines()) == 1
-        assert words in json.loads(done.stdout.splitlines()[-1])["error"]
+def test_rows_behind_the_last_and_columns_that_were_not_asked_for_are_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "2020-01-01", "label": 1}\n{"text": "b", "label": 0}\nnot JSON at all')
+    assert job.read_rows(path, "text", "label", 2) == (["2020-01-01", "b"], [1, 0])
+    texts = [str(number) for number in range(5000)]
+    table = pyarrow.table({"text": texts, "label": [0, None] * 2500, "large": [b"..."] * 5000})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    read, kept = [], pyarrow.parquet.ParquetFile.iter_batches
+
+    def batches(*args, **options):
+        for batch in kept(*args, **options):
+            read.append((batch.num_rows, batch.schema.names))
+            yield batch
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", batches)
+    assert job.read_rows(tmp_path / "rows.parquet", "text", None, 1500) == (texts[:1500], None)
+    assert [names for _, names in read] == [["text"]] * len(read)
+    assert 1500 <= sum(rows for rows, _ in read) < 5000
+    with pytest.raises(CorpusError, match="row 1: label holds None"):
+        job.read_rows(tmp_path / "rows.parquet", "text", "label", 2)
+    with pytest.raises(CorpusError, match="no column 'sentence'; found text, label, large"):
+        job.read_rows(tmp_path / "rows.parquet", "sentence", None, 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "words"),
+    [
+        ("bert", "BertForQuestionAnswering", "whose head the endpoint does not serve"),
+        ("bert", "BertForPreTraining", "whose head the endpoint does not serve"),
+        ("bert", "BertForMultipleChoice", "whose head the endpoint does not serve"),
+        ("bert", "BertForTokenClassification", "a BertForTokenClassification, whose head the endpoint does not serve"),
+        ("gpt2", "GPT2ForSequenceClassification", "is a gpt2, whose layers are Conv1D"),
+        (
+            "llama",
+            "LlamaForSequenceClassification",
+            "pad_token_id None, so a batch's shorter texts cannot be filled up",
+        ),
+        ("bert", "BertForSequenceClassification", "problem_type=regression"),
+    ],
+)
+def test_encoder_that_the_endpoint_would_not_serve_is_refused_before_any_work(tmp_path, family, architecture, words):
+    more = {"problem_type": "regression"} if "regression" in words else {}
+    config = transformers.AutoConfig.for_model(family, architectures=[architecture], **more)
+    config.save_pretrained(tmp_path / "m")
+    tiny.tokenizer(tmp_path / "m")
+    (tmp_path / "m/model.safetensors").write_bytes(b"never read")
+    with pytest.raises((ConfigError, ModelError), match=words):
+        job.quantize_encoder(str(tmp_path / "m"), tmp_path / "made", ["onnx_int8"], ["text"])
+    assert not (tmp_path / "made").exists()
+
+
+def test_labels_of_a_classifier_are_looked_at_before_any_work_and_its_modules_are_not(tmp_path):
+    encoder_models.save_classifier(tmp_path / "m")
+    modules = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
+    (tmp_path / "m/modules.json").write_text(
+        json.dumps(modules)
+    )  # without a Pooling, which a classifier has no use for
+    with pytest.raises(CorpusError, match=r"row 1: its label is 3, .* has the labels 0 to 2"):
+        job.quantize_encoder(str(tmp_path / "m"), tmp_path / "made", ["onnx_int8"], ["the", "cat", "sat"], [2, 3, 0])
+    assert not (tmp_path / "made").exists()
 
 
 def test_encoders_table_has_quality_where_rows_had_labels():
