@@ -119,12 +119,14 @@ def _make(
     return makers[scheme](student, directory)
 
 
-def check_reload(scheme: str, measured: dict[str, Any], same_processor: bool = True) -> None:
+def check_reload(
+    scheme: str, measured: dict[str, Any], same_processor: bool = True, option: str = "quantize.schemes"
+) -> None:
     """Raises `QuantizationFailed` if a fresh process computed something else: anything at all on the processor that
     made the artefact, more than rounding on another one."""
     error, allowed = measured["reload_error"], 0.0 if same_processor else RELOAD_TOLERANCE
     if not error <= allowed:
         raise QuantizationFailed(
             f"scheme {scheme}: reloaded in a fresh process, a logit differs by {error:.3g} (allowed "
-            f"{allowed:g}); the artefact is not registered: leave the scheme out of quantize.schemes"
+            f"{allowed:g}); the artefact is not registered: leave the scheme out of {option}"
         )

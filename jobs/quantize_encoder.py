@@ -104,7 +104,7 @@ def quantize_encoder(
             figures, outputs = _measure_elsewhere(artefact, scheme, rows, labels, threads)
             largest = float(found.abs().max())
             figures["reload_error"] = float((found.double() - outputs).abs().max()) / largest
-            check_reload(scheme, figures)
+            check_reload(scheme, figures, option="--scheme")
         lengths = [len(ids) for ids in rows[:_BATCH_ROWS]]
         measured[scheme] = {**figures, **similarity_figures(outputs.numpy(), exact.numpy(), lengths)}
     report(len(measured), "")

@@ -62,35 +62,37 @@ def model_kind(config: Any) -> ModelKind:
     return "decoder" if generates else "encoder"
 
 
-def check_pairings(config: QuantizeConfig, model: Any) -> None:
+def check_pairings(config: QuantizeConfig, model: Any, option: str = "quantize.schemes") -> None:
     """Looks at every scheme beside the student before anything is made.
 
     Args:
         model: the student's Hugging Face config; None where it is not known yet.
+        option: where the schemes were named, for messages.
 
     Raises:
         ConfigError: a scheme that this model or this machine cannot have; the message says why and what to take.
     """
     for scheme in config.schemes:
+        if model is not None:
+            _check_kind(scheme, model, option)
         if (problem := _problem_with_the_machine(scheme, config)) is not None:
-            raise ConfigError(f"quantize.schemes has {scheme}: {problem}")
-        if model is None:
-            continue
-        pairing, kind = PAIRINGS[scheme], model_kind(model)
-        if kind == "encoder_decoder":
-            raise ConfigError(
-                f"the model is a {model.model_type}, whose encoder and decoder are two models in one: no scheme "
-                "quantises those; take a model that is one or the other"
-            )
-        if kind not in pairing.kinds:
-            raise ConfigError(
-                f"quantize.schemes has {scheme}, the student is a {model.model_type}: {pairing.else_[kind]}, and in "
-                "promote.scheme too if it is named there"
-            )
-        if scheme == "int4_qat" and (wide := _not_divisible(model)) is not None:
-            raise ConfigError(
-                f"quantize.schemes has int4_qat, the student's {wide} is no multiple of 32, its block: take onnx_int4"
-            )
+            raise ConfigError(f"{option} has {scheme}: {problem}")
+
+
+def _check_kind(scheme: QuantizationScheme, model: Any, option: str) -> None:
+    pairing, kind = PAIRINGS[scheme], model_kind(model)
+    if kind == "encoder_decoder":
+        raise ConfigError(
+            f"the model is a {model.model_type}, whose encoder and decoder are two models in one: no scheme "
+            "quantises those; take a model that is one or the other"
+        )
+    if kind not in pairing.kinds:
+        raise ConfigError(
+            f"{option} has {scheme}, the model is a {model.model_type}: {pairing.else_[kind]}"
+            + (", and in promote.scheme too if it is named there" if option == "quantize.schemes" else "")
+        )
+    if scheme == "int4_qat" and (wide := _not_divisible(model)) is not None:
+        raise ConfigError(f"{option} has int4_qat, the model's {wide} is no multiple of 32, its block: take onnx_int4")
 
 
 def _problem_with_the_machine(scheme: QuantizationScheme, config: QuantizeConfig) -> str | None:

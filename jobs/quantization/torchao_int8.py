@@ -30,8 +30,7 @@ def save_quantised(student: str, directory: Path, scheme: str, config: Any) -> d
         if not any(isinstance(parameter, TorchAOBaseTensor) for parameter in model.parameters()):
             raise QuantizationFailed(
                 f"scheme {scheme}: {type(model).__name__} has no linear layers that torchao could quantise; "
-                "leave the scheme out of quantize.schemes, for example quantize.schemes=[onnx_int8] with "
-                "promote.scheme=onnx_int8"
+                "take onnx_int8 instead, which rounds other layers too"
             )
         model.save_pretrained(directory)
     return {"torchao": torchao.__version__}
