@@ -77,9 +77,6 @@ class TextReader:
         return token_ids[: end - too_many] + token_ids[end:]
 
 
-def read_pooling(directory: Path) -> Pooling:
-    """What `modules.json` and the files that it names say; the mean where there is none.
-
 def read_pad_id(directory: Path) -> int:
     """What fills up the shorter texts of a batch: the config's id, whatever the tokenizer's is. A classifier of a
     decoder's kind reads the last token that is another one; to all else it is masked.
@@ -104,6 +101,9 @@ def read_pad_id(directory: Path) -> int:
         )
     return 0
 
+
+def read_pooling(directory: Path) -> Pooling:
+    """What `modules.json` and the files that it names say; the mean where there is none.
 
     Raises:
         ModelError: modules that are not known or lie outside the directory, or a damaged file.
@@ -166,15 +166,15 @@ def _modules(directory: Path) -> list[dict[str, Any]]:
         raise ModelError(f"model file {path}: not valid JSON ({error})") from error
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise ModelError(f"model file {path}: expected a list of modules")
-    return found
-
-
     for module in found:
         place = str(module.get("path") or "")
         try:
             check_key(place)
         except StorageError as error:
             raise ModelError(f"model file {path}: a module lies in {place!r}, outside the directory") from error
+    return found
+
+
 def _preparation(directory: Path) -> tuple[Callable[[str], str], str]:
     """What is done to a text before it is tokenised, and what is put in front of it."""
     if not _modules(directory):

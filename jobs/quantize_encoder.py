@@ -2,11 +2,12 @@
 
 Each artefact is published below a directory, reloaded in a process that did not make it, compared with what its maker
 saw, and measured there: bytes, time for a batch and, of a classifier whose rows have labels, accuracy and macro-F1, the
-float model beside it. An artefact is served as it lies there: it says as much of texts as the directory it was made of.
+float model beside it. An artefact is served as it lies there: it says as much of texts as the directory it was made of,
+and what the endpoint would not serve is refused. A masked language model embeds, so its head is left out.
 """
 
-import json
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -34,9 +35,9 @@ SCHEMES: list[QuantizationScheme] = ["int8_weight_only", "int8_dynamic", "onnx_i
 """What is made unless others are named."""
 _BATCH_ROWS = 16
 _REPEATS = 6
-REPORT = "report.html"
 _READ_ROWS = 1024
 """Rows of a .parquet file that are read together."""
+REPORT = "report.html"
 """Name of the page beside the artefacts."""
 
 
@@ -64,7 +65,10 @@ def quantize_encoder(
         relative to the largest. `report.html` in `into` has them for people.
 
     Raises:
-        ConfigError: a scheme that no encoder has, a model that is none, or a directory that is somebody else's.
+        ConfigError: a scheme that no encoder has, a model that the endpoint would not embed or classify with, or a
+            directory that is somebody else's.
+        CorpusError: a text without tokens, or a label that the classifier does not have.
+        ModelError: a directory that says of texts what is not supported, or too little.
         QuantizationFailed: an artefact that a fresh process reads otherwise.
         EvaluationFailed: a fresh process could not measure a model.
             After either, and after an interruption, nothing is left of that artefact, and what `into` had from before
@@ -75,15 +79,10 @@ def quantize_encoder(
     from jobs.quantize import check_reload
 
     config, asked = read_config(model), validate(QuantizeConfig, {"schemes": schemes}, "--scheme")
-    check_pairings(asked, config)
-    if model_kind(config) != "encoder":
-        raise ConfigError(
-            f"model {model} is a {config.model_type} that generates: quantise it with `raystill quantize`"
-        )
     directory, storage = Path(_located(model)), LocalStorage(into)
-    read_pooling(directory)
-    if labels is not None and use_of(directory) != "classifications":
-        raise ConfigError(f"model {model} is no classifier, so labels say nothing of it: leave --label-column out")
+    _check_use(model, directory, config)
+    check_pairings(asked, config, "--scheme")
+    _check_labels(model, directory, config, labels)
     for scheme in asked.schemes:
         if (into / scheme).resolve() == directory.resolve():
             raise ConfigError(f"model {model} lies where its {scheme} would go: name another INTO")
@@ -110,6 +109,46 @@ def quantize_encoder(
     report(len(measured), "")
     _write_report(model, storage, measured, len(texts), threads)
     return measured
+
+
+def _check_use(model: str, directory: Path, config: Any) -> None:
+    """Raises `ConfigError` if what is made of a model would not be served as an encoder or a classifier, `ModelError`
+    if the directory's pooling would not."""
+    kind, use = model_kind(config), use_of(directory)
+    if kind == "encoder_decoder":
+        return  # `check_pairings` says why
+    if use == "language_model" and kind != "encoder":
+        raise ConfigError(
+            f"model {model} is a {config.model_type} that generates: quantise it with `raystill quantize`"
+        )
+    if use == "language_model":
+        raise ConfigError(
+            f"model {model} is a {config.architectures[0]}, whose head the endpoint does not serve: give a classifier "
+            "(…ForSequenceClassification), a …ForMaskedLM or an encoder without a head"
+        )
+    if kind == "conv1d_decoder":
+        raise ConfigError(
+            f"model {model} is a {config.model_type}, whose layers are Conv1D: of such models, only those that "
+            "generate are quantised"
+        )
+    if use == "embeddings":
+        read_pooling(directory)
+    elif config.problem_type == "regression":
+        raise ConfigError(
+            f"model {model} has problem_type=regression: it has no labels to choose among, and is not served"
+        )
+
+
+def _check_labels(model: str, directory: Path, config: Any, labels: list[int] | None) -> None:
+    if labels is None:
+        return
+    if use_of(directory) != "classifications":
+        raise ConfigError(f"model {model} is no classifier, so labels say nothing of it: leave --label-column out")
+    if (wrong := next((row for row, label in enumerate(labels) if label >= config.num_labels), None)) is not None:
+        raise CorpusError(
+            f"row {wrong}: its label is {labels[wrong]}, model {model} has the labels 0 to {config.num_labels - 1}; "
+            "leave it out, or name another --label-column"
+        )
 
 
 def _write_report(
@@ -241,10 +280,30 @@ def read_rows(
 
     Args:
         label_column: None takes no labels.
+        max_rows: the first so many are read, and no more of the file.
 
     Raises:
         CorpusError: the file or a column is not there, a text is none, or a label is no such number.
     """
+    columns = [*dict.fromkeys(name for name in (text_column, label_column) if name is not None)]
+    read = _parquet_rows if path.suffix == ".parquet" else _jsonl_rows
+    rows = list(itertools.islice(read(path, columns), max_rows))
+    if not rows:
+        raise CorpusError(f"rows {path}: no rows in it")
+    for number, row in enumerate(rows):
+        if not isinstance(row[text_column], str):
+            raise CorpusError(
+                f"rows {path}: row {number}: {text_column} holds {row[text_column]!r:.80}; expected a text"
+            )
+        label = 0 if label_column is None else row[label_column]
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise CorpusError(
+                f"rows {path}: row {number}: {label_column} holds {label!r:.80}; expected whole numbers from 0"
+            )
+    return [row[text_column] for row in rows], None if label_column is None else [row[label_column] for row in rows]
+
+
+def _parquet_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -278,23 +337,3 @@ def _jsonl_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
 def _check_columns(where: str, columns: list[str], found: Iterable[str]) -> None:
     if missing := [name for name in columns if name not in found]:
         raise CorpusError(f"{where}: no column {missing[0]!r}; found {', '.join(found)}")
-        max_rows: the first so many are read, and no more of the file.
-    columns = [*dict.fromkeys(name for name in (text_column, label_column) if name is not None)]
-    read = _parquet_rows if path.suffix == ".parquet" else _jsonl_rows
-    rows = list(itertools.islice(read(path, columns), max_rows))
-    if not rows:
-        raise CorpusError(f"rows {path}: no rows in it")
-    for number, row in enumerate(rows):
-        if not isinstance(row[text_column], str):
-            raise CorpusError(
-                f"rows {path}: row {number}: {text_column} holds {row[text_column]!r:.80}; expected a text"
-            )
-        label = 0 if label_column is None else row[label_column]
-        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-            raise CorpusError(
-                f"rows {path}: row {number}: {label_column} holds {label!r:.80}; expected whole numbers from 0"
-            )
-    return [row[text_column] for row in rows], None if label_column is None else [row[label_column] for row in rows]
-
-
-def _parquet_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:

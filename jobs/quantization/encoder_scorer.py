@@ -1,6 +1,6 @@
 """An encoder in memory, float or quantised: rows of token ids in, its output out.
 
-Axes: B rows, T tokens of the longest, L labels, V vocabulary, D hidden width.
+Axes: B rows, T tokens of the longest, L labels, D hidden width.
 """
 
 from pathlib import Path
@@ -44,7 +44,7 @@ class EncoderScorer:
 
     @torch.inference_mode()
     def outputs(self, rows: list[list[int]]) -> Tensor:
-        """Logits [B, L] of a classifier, [B, T, V] of a masked language model, [B, T, D] without a head; float32.
+        """Logits [B, L] of a classifier, the last hidden state [B, T, D] of what embeds; float32.
 
         Shorter rows are filled up behind their end, where the output means nothing.
         """

@@ -11,8 +11,8 @@ _HEADLESS = "AutoModel"
 
 
 def read_config(model: str) -> Any:
-    """The Hugging Face config of a directory. What sentence-transformers saved for embeddings is read without a head,
-    as there and by the endpoint, whatever class its config names."""
+    """The Hugging Face config of a directory. What embeds is read without a head, as by the endpoint: a masked language
+    model, and what sentence-transformers saved, whatever class its config names."""
     from transformers import AutoConfig
 
     from cluster.model_directory import model_kind as use_of
@@ -22,7 +22,9 @@ def read_config(model: str) -> Any:
         config = AutoConfig.from_pretrained(located)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {model}: its config cannot be read ({str(error).strip().splitlines()[0]})") from error
-    if (Path(located) / "modules.json").is_file() and use_of(Path(located)) == "embeddings":
+    named = str(next(iter(config.architectures or []), ""))
+    has_head = named.endswith("ForMaskedLM") or (Path(located) / "modules.json").is_file()
+    if has_head and Path(located).is_dir() and use_of(Path(located)) == "embeddings":
         config.architectures = [_HEADLESS]
     return config
 

@@ -1,7 +1,7 @@
-"""An encoder (BERT's kind: classifiers, masked language models) as an ONNX graph, with optimum's names.
+"""An encoder (BERT's kind, by itself or with a head such as a classifier's) as an ONNX graph, with optimum's names.
 
 In: `input_ids`, `attention_mask` and, where the model knows it, `token_type_ids`, all [B, T]. Out: `logits`,
-[B, labels] of a classifier, [B, T, labels or vocabulary] of the others; `last_hidden_state` [B, T, D] without a head.
+[B, labels] of a classifier, [B, T, labels] of other heads; `last_hidden_state` [B, T, D] without a head.
 
 Axes: B rows, T tokens, D hidden width.
 """

@@ -20,7 +20,7 @@ _OTHER_HEADS = (
     *("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction"),
     "ForPreTraining",
 )
-"""Of encoders, beside those that the endpoint serves."""
+"""Of encoders too, though nothing here measures or serves them; `quantize-encoder` refuses them."""
 _INSTALL = "python -m venv ENV && ENV/bin/pip install llmcompressor==0.13.0"
 
 

@@ -139,6 +139,16 @@ def test_modules_that_cannot_be_served_are_refused_before_any_work(tmp_path: Pat
     assert not (tmp_path / "made").exists()
 
 
+def test_masked_language_model_is_served_without_its_head(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "m")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "m")
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "m")
+    exact = np.array([item["embedding"] for item in ask(tmp_path / "m", "/v1/embeddings")])
+    job.make_artefact(tmp_path / "m", tmp_path / "onnx_int8", "onnx_int8", ROWS, 1)
+    found = np.array([item["embedding"] for item in ask(tmp_path / "onnx_int8", "/v1/embeddings")])
+    assert 0 < np.abs(found - exact).max() < 0.06 * np.abs(exact).max()
+
+
 @pytest.mark.parametrize("place", ["../x", "/", "1_Pooling/../../x"])
 def test_module_outside_its_directory_is_refused(tmp_path: Path, place: str) -> None:
     save_encoder(tmp_path / "m", {"pooling_mode_mean_tokens": True})
@@ -162,16 +172,6 @@ def test_module_that_lies_in_the_directory_itself_adds_no_file(tmp_path: Path) -
     assert text_files(tmp_path) == ["modules.json", "sentence_bert_config.json", "1_Pooling/config.json"]
 
 
-def test_graph_of_another_use_and_unknown_scheme_are_refused(tmp_path: Path) -> None:
-    save_encoder(tmp_path / "m")
-    bare = transformers.BertForMaskedLM(transformers.AutoConfig.from_pretrained(tmp_path / "m"))
-    bare.save_pretrained(tmp_path / "m")
-    onnx_int8.quantize(str(tmp_path / "m"), tmp_path / "m")
-    for scheme, words in (
-        ("onnx_int8", "its ONNX graph gives logits, embeddings need last_hidden_state"),
-        ("int4_qat", "scheme 'int4_qat' of an encoder is not known here; known: float, int8_weight_only"),
-    ):
-        (tmp_path / "m/manifest.json").write_text(json.dumps({"scheme": scheme}))
 @pytest.mark.parametrize("family", ["roberta", "longformer", "xmod", "data2vec-text", "ibert", "lilt", "luke", "mpnet"])
 def test_families_that_count_positions_from_behind_the_padding_read_fewer_tokens(tmp_path: Path, family: str) -> None:
     save_encoder(tmp_path)
@@ -179,5 +179,15 @@ def test_families_that_count_positions_from_behind_the_padding_read_fewer_tokens
     assert TextReader(tmp_path, 2048).max_tokens == 64
 
 
+def test_graph_of_another_use_and_unknown_scheme_are_refused(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "m")
+    bare = transformers.BertForTokenClassification(transformers.AutoConfig.from_pretrained(tmp_path / "m"))
+    bare.save_pretrained(tmp_path / "m")
+    onnx_int8.quantize(str(tmp_path / "m"), tmp_path / "m")
+    for scheme, words in (
+        ("onnx_int8", "its ONNX graph gives logits, embeddings need last_hidden_state"),
+        ("int4_qat", "scheme 'int4_qat' of an encoder is not known here; known: float, int8_weight_only"),
+    ):
+        (tmp_path / "m/manifest.json").write_text(json.dumps({"scheme": scheme}))
         with pytest.raises(ModelError, match=words):
             EncoderModel(tmp_path / "m", "embeddings", 64)

@@ -10,12 +10,12 @@ import torch
 import transformers
 from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score
-
 from typer.testing import CliRunner
+
 from cluster.errors import ConfigError, CorpusError, ModelError
 from jobs import quantize_encoder as job
-from jobs.evaluating.classification import classification_figures
 from jobs.__main__ import app
+from jobs.evaluating.classification import classification_figures
 from jobs.evaluating.encoder_report import render_encoder_report
 from jobs.evaluating.similarity import similarity_figures
 from jobs.quantization import int8_dynamic, int8_weight_only, onnx_int8
@@ -62,7 +62,7 @@ def save_encoder(directory, family="bert", kind="AutoModelForSequenceClassificat
     [
         ("bert", "AutoModelForSequenceClassification", (3, 3)),
         ("distilbert", "AutoModel", (3, 11, 64)),
-        ("roberta", "AutoModelForMaskedLM", (3, 11, tiny.VOCABULARY)),
+        ("roberta", "AutoModelForMaskedLM", (3, 11, 64)),
     ],
 )
 def test_encoder_quantised_by_every_scheme_stays_near_float(tmp_path, family, kind, shape):
@@ -136,10 +136,15 @@ def test_encoder_command_refuses_before_any_work(tmp_path):
     (tmp_path / "t5").mkdir()
     both = transformers.AutoConfig.for_model("t5", architectures=["T5ForConditionalGeneration"])
     both.save_pretrained(tmp_path / "t5")
+    (tmp_path / "t5/model.safetensors").write_bytes(b"never read")
     with pytest.raises(ConfigError, match=r"t5, whose encoder and decoder are two models in one"):
         job.quantize_encoder(str(tmp_path / "t5"), tmp_path / "made", ["onnx_int8"], ["text"])
-    with pytest.raises(ConfigError, match=r"int4_qat, the student is a bert: .*next tokens"):
+    with pytest.raises(
+        ConfigError, match=r"--scheme has int4_qat, the model is a bert: .*next tokens.*: take onnx_int8$"
+    ):
         job.quantize_encoder(str(encoder), tmp_path / "made", ["onnx_int8", "int4_qat"], ["text"])
+    with pytest.raises(ConfigError, match=r"--scheme has compressed_tensors_w4a16, .*GPTQ is for decoders: take onnx"):
+        job.quantize_encoder(str(encoder), tmp_path / "made", ["compressed_tensors_w4a16"], ["text"])
     with pytest.raises(ConfigError, match=r"--scheme: schemes.0: found 'int3'"):
         job.quantize_encoder(str(encoder), tmp_path / "made", ["int3"], ["text"])
     assert not (tmp_path / "made").exists()
@@ -152,11 +157,6 @@ def test_encoder_command_refuses_before_any_work(tmp_path):
         ('{"text": "a", "label": 0}', ("sentence", "label"), "no column 'sentence'; found text, label"),
         ('{"text": "a", "label": 1.5}', ("text", "label"), "label holds 1.5; expected whole numbers"),
         ('{"text": "a", "label": -1}', ("text", "label"), "label holds -1"),
-    ],
-)
-def test_rows_that_cannot_be_read_are_named(tmp_path, content, columns, words):
-    path = tmp_path / "rows.jsonl"
-    if content is not None:
         ('{"text": "a", "label": true}', ("text", "label"), "label holds True; expected whole numbers"),
         (
             '{"text": "a", "label": 0}\n{"text": null, "label": 1}',
@@ -167,6 +167,11 @@ def test_rows_that_cannot_be_read_are_named(tmp_path, content, columns, words):
         ('{"text": "a"}\n{"text": ', ("text", None), "line 2 is not JSON"),
         ('"a"', ("text", None), "line 1 is no JSON object"),
         ("\n", ("text", None), "no rows in it"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named(tmp_path, content, columns, words):
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
         path.write_text(content)
     with pytest.raises(CorpusError, match=words):
         job.read_rows(path, *columns, 10)
@@ -234,8 +239,6 @@ def test_labels_of_a_classifier_are_looked_at_before_any_work_and_its_modules_ar
     assert not (tmp_path / "made").exists()
 
 
-def test_encoders_table_has_quality_where_rows_had_labels():
-    plain = {name: {"bytes": size, "batch_s": 0.5} for name, size in (("float", 4e6), ("int8_weight_only", 1e6))}
 @pytest.mark.parametrize("scheme", ["float", "onnx_int8"])
 def test_classifier_of_a_decoders_kind_reads_each_text_to_its_own_end(tmp_path, scheme):
     config = transformers.AutoConfig.for_model(
@@ -263,6 +266,39 @@ def test_classifier_of_a_decoders_kind_reads_each_text_to_its_own_end(tmp_path, 
         assert np.abs(model.classify(rows, lambda: False) - alone.softmax(-1).numpy()).max() < 1e-5
 
 
+def test_scheme_that_is_named_again_is_made_once(tmp_path, monkeypatch):
+    rows, asked = tmp_path / "rows.jsonl", []
+    rows.write_text('{"text": "a"}')
+
+    def quantise(model, into, schemes, texts, labels, threads, report):
+        asked.extend(schemes)
+        return {}
+
+    monkeypatch.setattr(job, "quantize_encoder", quantise)
+    arguments = ["quantize-encoder", "m", "made", "--rows", str(rows), "--json"]
+    done = CliRunner().invoke(app, [*arguments, *["--scheme", "onnx_int8", "--scheme", "onnx_int4"] * 2])
+    assert done.exit_code == 0, done.output
+    assert asked == ["onnx_int8", "onnx_int4"]
+
+
+def test_encoder_command_says_what_is_wrong_in_one_line(tmp_path, forked_raystill):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a", "label": 0}')
+    encoder = save_encoder(tmp_path / "m", kind="AutoModel")
+    for options, words in (
+        (["--label-column", "label"], "is no classifier, so labels say nothing of it: leave --label-column out"),
+        (["--text-column", "sentence"], "no column 'sentence'; found text, label"),
+    ):
+        done = forked_raystill("quantize-encoder", encoder, "made", "--rows", rows, *options, "--json", cwd=tmp_path)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert done.stderr.startswith("raystill: ")
+        assert len(done.stderr.splitlines()) == 1
+        assert words in json.loads(done.stdout.splitlines()[-1])["error"]
+
+
+def test_encoders_table_has_quality_where_rows_had_labels():
+    plain = {name: {"bytes": size, "batch_s": 0.5} for name, size in (("float", 4e6), ("int8_weight_only", 1e6))}
     quality = {"accuracy": 0.9, "accuracy_low": 0.85, "accuracy_high": 0.94, "num_rows": 200, "num_labels": 3}
     quality |= {"macro_f1": 0.88, "macro_f1_low": 0.82, "macro_f1_high": 0.93}
     labelled = {name: figures | quality for name, figures in plain.items()}
@@ -323,21 +359,6 @@ def wilson(right, rows, z=1.959964):
     share, square = right / rows, z * z / rows
     half = z * (share * (1 - share) / rows + square / (4 * rows)) ** 0.5
     return [(share + square / 2 + sign * half) / (1 + square) for sign in (-1, 1)]
-def test_scheme_that_is_named_again_is_made_once(tmp_path, monkeypatch):
-    rows, asked = tmp_path / "rows.jsonl", []
-    rows.write_text('{"text": "a"}')
-
-    def quantise(model, into, schemes, texts, labels, threads, report):
-        asked.extend(schemes)
-        return {}
-
-    monkeypatch.setattr(job, "quantize_encoder", quantise)
-    arguments = ["quantize-encoder", "m", "made", "--rows", str(rows), "--json"]
-    done = CliRunner().invoke(app, [*arguments, *["--scheme", "onnx_int8", "--scheme", "onnx_int4"] * 2])
-    assert done.exit_code == 0, done.output
-    assert asked == ["onnx_int8", "onnx_int4"]
-
-
 
 
 @pytest.mark.parametrize(("rows", "labels", "noise"), [(400, 3, 0.8), (60, 5, 2.0), (25, 2, 0.0), (1, 3, 0.0)])
