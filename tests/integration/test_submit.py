@@ -1,5 +1,6 @@
 """Jobs on a real head that asks for a token: submitted, followed, listed, stopped, continued; and what may be read."""
 
+import itertools
 import json
 import re
 import sqlite3
@@ -84,7 +85,7 @@ def test_submit_ends_with_the_exit_code_of_the_command(call, config):
     assert job_id_of(again) == f"{job_id_of(done)}-2"
 
 
-def test_two_that_submit_at_once_have_one_job(cluster, config, tmp_path):
+def test_two_that_submit_at_once_have_one_job_at_a_time(call, cluster, config, tmp_path):
     arguments = ["submit", config, "train.steps=1", "--command", "prepare", "--detach", "--address", cluster.dashboard]
     both = [
         subprocess.Popen(
@@ -94,8 +95,11 @@ def test_two_that_submit_at_once_have_one_job(cluster, config, tmp_path):
     ]
     said = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert len({out.strip() for out, _ in said if out.strip()}) == 1
-    assert sum("config and code" in err for _, err in said) == 1
+    ids = sorted({out.strip() for out, _ in said if out.strip()})
+    assert sum("config and code" in err for _, err in said) == len(ids)
+    jobs = {job["id"]: job for job in json.loads(call("jobs", "--json").stdout)}
+    for before, after in itertools.pairwise(ids):  # one of the two came late: then the other's job was over
+        assert jobs[before]["ended"] <= jobs[after]["started"]
 
 
 def test_stop_waits_and_the_next_submission_to_another_cluster_goes_on_from_the_checkpoint(
