@@ -152,7 +152,8 @@ def test_prepare_killed_with_its_ray_goes_on_with_what_is_finished(tmp_path, lar
             time.sleep(0.02)
         workers = prepare_processes(process.pid)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     _, left = psutil.wait_procs(workers, timeout=60)  # they end with it
     assert not left
