@@ -1,4 +1,4 @@
-"""Quantises an encoder or a classifier of BERT's family by itself, without a run.
+"""Quantises an encoder or a classifier by itself, without a run.
 
 Each artefact is published below a directory, reloaded in a process that did not make it, compared with what its maker
 saw, and measured there: bytes, time for a batch and, of a classifier whose rows have labels, accuracy and macro-F1, the
