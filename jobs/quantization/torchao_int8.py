@@ -30,7 +30,7 @@ def save_quantised(student: str, directory: Path, scheme: str, config: Any) -> d
         if not any(isinstance(parameter, TorchAOBaseTensor) for parameter in model.parameters()):
             raise QuantizationFailed(
                 f"scheme {scheme}: {type(model).__name__} has no linear layers that torchao could quantise; "
-                "take onnx_int8 instead, which rounds other layers too"
+                "take onnx_int8 instead (in a run, quantize.schemes=[onnx_int8] with promote.scheme=onnx_int8)"
             )
         model.save_pretrained(directory)
     return {"torchao": torchao.__version__}
