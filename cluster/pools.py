@@ -7,6 +7,9 @@ not what is free, and would otherwise ask for more workers than can be placed be
 An embedded Ray has no pools.
 """
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -43,6 +46,27 @@ def least(count: int | tuple[int, int]) -> int:
 def most(count: int | tuple[int, int]) -> int:
     """How many there may be."""
     return count if isinstance(count, int) else count[1]
+
+
+@contextlib.contextmanager
+def waiting_for_places(count: int | tuple[int, int]) -> Iterator[None]:
+    """How long Ray Train, which is run in the block, waits for the places of a worker group before it counts anew.
+
+    A cluster that grows takes minutes to make room for a fixed number. An elastic group was counted from nodes that are
+    there; one that died a moment ago still counted, and its place will never come. A time that the environment names
+    stays.
+    """
+    if _START_TIMEOUT in os.environ:
+        yield
+        return
+    os.environ[_START_TIMEOUT] = "600" if least(count) == most(count) else "20"
+    try:
+        yield
+    finally:
+        del os.environ[_START_TIMEOUT]
+
+
+_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
 def _ordered(pair: tuple[int, int]) -> tuple[int, int]:

@@ -32,7 +32,6 @@ def process_environment() -> dict[str, str]:
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a cluster that grows takes minutes to make room
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }
 

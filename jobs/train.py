@@ -15,7 +15,7 @@ from cluster.config import fingerprint
 from cluster.connection import Connection
 from cluster.errors import ConfigError, NonFiniteLoss, TokenizerMismatch, TrainingFailed
 from cluster.placement import TEACHER_OF_A_RUN
-from cluster.pools import actor_options, slot
+from cluster.pools import actor_options, slot, waiting_for_places
 from cluster.resources import process_environment
 from cluster.storage import open_storage
 from jobs.config import RunConfig, TeacherConfig
@@ -117,7 +117,8 @@ def _fit(plan: TrainPlan, connection: Connection, board: Any, local: str) -> dic
     # Ray Train's own handler for Ctrl-C would stay for good, and end the process with exit code 0.
     trainer._register_sigint_handler = lambda controller: None
     try:
-        outcome = trainer.fit().return_value
+        with waiting_for_places(config.num_workers):
+            outcome = trainer.fit().return_value
     except Exception as error:
         raise TrainingFailed(f"training {plan.prefix} stopped: {_root_message(error)}") from error
     finally:

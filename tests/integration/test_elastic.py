@@ -1,4 +1,4 @@
-"""A worker group that grows when a node comes: the same rows, the same curve."""
+"""A worker group that grows when a node comes and shrinks when one dies: the same rows, the same curve."""
 
 import contextlib
 import json
@@ -38,8 +38,8 @@ def held_workers() -> Iterator[None]:
             process.resume()
 
 
-@pytest.mark.timeout(1500)  # the two limits below, and what is around them
-def test_training_grows_with_the_cluster_and_learns_the_same(tmp_path, forked_raystill):
+@pytest.mark.timeout(1800)  # the limits below, and what is around them
+def test_training_grows_and_shrinks_with_the_cluster_and_learns_the_same(tmp_path, forked_raystill):
     variables = {**environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAYSTILL_LOG": "INFO"}
     config = tiny.run_config(
         "grows",
@@ -72,7 +72,7 @@ def test_training_grows_with_the_cluster_and_learns_the_same(tmp_path, forked_ra
         return []
 
     with running({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}, num_cpus=1) as cluster:
-        cluster.add(num_cpus=1, resources={"student_slot": 1})
+        first = cluster.add(num_cpus=1, resources={"student_slot": 1})
         elastic = [f"storage={grown}", "train.num_workers=[1,2]", "cluster.pools.resize_every_s=5"]
         process = subprocess.Popen(
             [*COMMAND, "train", str(config), *elastic, f"cluster.address={cluster.address}"],
@@ -85,11 +85,15 @@ def test_training_grows_with_the_cluster_and_learns_the_same(tmp_path, forked_ra
             wait_until(lambda: process.poll() is not None or reported(), 500, "the first step")
             with held_workers():  # a node may be late
                 cluster.add(num_cpus=1, resources={"student_slot": 1})
+            wait_until(lambda: process.poll() is not None or 2 in dict(reported()).values(), 300, "two workers")
+            cluster.kill(first)  # for good, and without a word
             _, said = process.communicate(timeout=600)
         finally:
             process.kill()
     assert process.returncode == 0, said[-3000:]
-    assert {value for _, value in reported()} == {1.0, 2.0}
+    workers = reported()
+    assert {value for _, value in workers} == {1.0, 2.0}
+    assert max(workers) == (STEPS, 1.0)
     summary = json.loads((grown / "summary.json").read_text())["stages"]["train"]
     fixed = trained_here(config, f"storage={alone}")
     assert (summary["rows"], summary["rows_checksum"]) == (fixed["rows"], fixed["rows_checksum"])
