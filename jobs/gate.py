@@ -11,6 +11,7 @@ wrote down, are not compared. Two machines are the same where processor, system,
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -219,7 +220,7 @@ def _number(figures: Figures, name: str) -> float | None:
     value = figures.get(name)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
         return None
-    return float(value)
+    return float(value) if value < sys.float_info.max else math.inf
 
 
 def _ratio(numerator: float | None, denominator: float | None) -> float:

@@ -40,6 +40,11 @@ _FRESH_S = 5.0
 _CONNECT_S = 5.0
 _SILENCE_S = 300.0
 """A teacher that sends nothing for so long is given up; a large one may read a long prompt for minutes."""
+_LIST_BYTES = 1 << 18
+_NAME_LENGTH = 256
+_ANSWER_BYTES = 16 << 20
+_TEMPLATE_TOKENS = 1000
+"""A chat template adds fewer."""
 _BUFFER_BYTES = 1 << 20
 """An event is half of this, at most: log-probabilities of many tokens may travel in one."""
 _REQUESTS: dict[str, type[CompletionRequest] | type[ChatRequest]] = {
@@ -103,13 +108,13 @@ class Teacher:
         await self._look()
         if self._problem is not None:
             raise _unavailable(f"The teacher is not up: {self._problem}")
-        count, begun = _Count(len(body)), False
+        count, begun = _Count(len(body), self._arguments.max_new_tokens * self._arguments.max_choices), False
         try:
             async with self._asked("POST", path, {**fields, "model": self._name}) as reply:
                 if reply.status != 200:
                     raise await _refusal(reply)
                 if not fields.get("stream"):
-                    content = await reply.read()
+                    content = await _read(reply, _ANSWER_BYTES)
                     count.add_usage(_record(content))
                     yield 200, _JSON, content, count.figures()
                     return
@@ -177,21 +182,28 @@ class Teacher:
         cause = ""
         try:
             async with asyncio.timeout(_LOOK_S), self._asked("GET", "/v1/models") as reply:
-                problem = self._take_name(await reply.json()) if reply.status == 200 else _why(reply.status)
+                if reply.status == 200:
+                    problem = self._take_name(_record(await _read(reply, _LIST_BYTES)))
+                else:
+                    problem = _why(reply.status)
+        except ApiError:
+            problem = "what it answers at /v1/models is no list of models"
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             problem, cause = "nothing answers at serve.teacher_url", f" ({type(error).__name__})"
         if problem != self._problem:
             logger.info("The teacher: %s%s", problem or "it is up", cause)
         self._problem, self._looked_at = problem, time.monotonic()
 
-    def _take_name(self, models: Any) -> str | None:
+    def _take_name(self, models: dict[str, Any]) -> str | None:
         """Takes the name of the one model that is listed, if the config gives none; returns what is wrong."""
         if self._arguments.teacher_name is not None:
             return None
-        cards = models.get("data") if isinstance(models, dict) else None
+        cards = models.get("data")
         names = [card.get("id") for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
         if len(names) != 1 or not isinstance(names[0], str):
             return f"it lists {len(names)} models; say which with serve.teacher_name"
+        if not names[0].isprintable() or not 0 < len(names[0]) <= _NAME_LENGTH:
+            return "it lists a model whose name is none; say which with serve.teacher_name"
         self._name = names[0]
         return None
 
@@ -205,7 +217,7 @@ async def _refusal(reply: aiohttp.ClientResponse) -> ApiError:
             said = _why(reply.status)
         return invalid(f"The teacher: {said[:1000]}")
     wait = reply.headers.get("retry-after", "")
-    return _unavailable(f"The teacher: {_why(reply.status)}", int(wait) if wait.isdecimal() else 5)
+    return _unavailable(f"The teacher: {_why(reply.status)}", int(wait) if wait.isdecimal() and len(wait) < 6 else 5)
 
 
 def _why(status: int) -> str:
@@ -218,12 +230,26 @@ def _unavailable(message: str, retry_after_s: int = 5) -> ApiError:
     return unavailable(message, "teacher_unavailable", retry_after_s)
 
 
+async def _read(reply: aiohttp.ClientResponse, most: int) -> bytes:
+    """The whole of a body. Raises `ApiError` 503 for one of more bytes than `most`, and reads no further."""
+    content = bytearray()
+    async for piece in reply.content.iter_any():
+        content += piece
+        if len(content) > most:
+            raise _unavailable(f"The teacher's answer is longer than {most} bytes")
+    return bytes(content)
+
+
 def _record(data: bytes) -> dict[str, Any]:
-    """Raises `ApiError` 503 for what is no JSON object."""
+    """Raises `ApiError` 503 for what is no JSON object, as one with NaN in it is not."""
     with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(found := json.loads(data), dict):
+        if isinstance(found := json.loads(data, parse_constant=_no_number), dict):
             return found
     raise _unavailable("The teacher's answer is none of OpenAI's records")
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 async def _events(reply: aiohttp.ClientResponse) -> AsyncIterator[tuple[dict[str, Any] | None, bytes]]:
@@ -240,7 +266,7 @@ async def _events(reply: aiohttp.ClientResponse) -> AsyncIterator[tuple[dict[str
         data = line.removeprefix(b"data:").strip()
         if data == b"[DONE]":
             return
-        event = json.loads(data)
+        event = json.loads(data, parse_constant=_no_number)
         if not isinstance(event, dict) or event.get("error"):
             raise ConnectionError("the teacher sent an error in place of an event")
         yield event, b"data: " + data + b"\n\n"
@@ -248,12 +274,17 @@ async def _events(reply: aiohttp.ClientResponse) -> AsyncIterator[tuple[dict[str
 
 
 class _Count:
-    """Counts what an answer takes: tokens as the teacher says, or as many as there were texts; times as seen here."""
+    """Counts what an answer takes: tokens as the teacher says, or as many as there were texts; times as seen here.
 
-    def __init__(self, body_bytes: int) -> None:
+    Args:
+        body_bytes: of the request; its prompt and a template have no more tokens, whatever the teacher says.
+        most: tokens that the answer can have.
+    """
+
+    def __init__(self, body_bytes: int, most: int) -> None:
         self._began = time.perf_counter()
         self._usage: dict[str, Any] = {}
-        self._body_bytes, self._num_texts = body_bytes, 0
+        self._body_bytes, self._most, self._num_texts = body_bytes, most, 0
         self._first_s: float | None = None
         self._last_s = 0.0
 
@@ -271,8 +302,9 @@ class _Count:
 
     def figures(self) -> dict[str, Any]:
         """As `metering.Meter.figures`; an answer that came whole says nothing of its first token."""
-        prompt, completion = (self._usage.get(f"{kind}_tokens") for kind in ("prompt", "completion"))
-        completion = completion if isinstance(completion, int) else self._num_texts
+        guess, longest = self._body_bytes // BYTES_PER_TOKEN, self._body_bytes + _TEMPLATE_TOKENS
+        prompt = _counted(self._usage.get("prompt_tokens"), longest, guess)
+        completion = _counted(self._usage.get("completion_tokens"), self._most, min(self._num_texts, self._most))
         token_s = None
         if self._first_s is not None and self._num_texts > 1 and completion > 1:
             token_s = (self._last_s - self._first_s) / (completion - 1)
@@ -280,9 +312,14 @@ class _Count:
             "ok": True,
             "ttft_s": self._first_s,
             "token_s": token_s,
-            "prompt_tokens": prompt if isinstance(prompt, int) else self._body_bytes // BYTES_PER_TOKEN,
+            "prompt_tokens": prompt,
             "completion_tokens": completion,
         }
+
+
+def _counted(said: Any, most: int, otherwise: int) -> int:
+    """A number of tokens as the teacher says it, if it can be one."""
+    return min(said, most) if type(said) is int and said >= 0 else otherwise
 
 
 def _has_text(choice: Any) -> bool:

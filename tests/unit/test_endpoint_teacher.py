@@ -23,6 +23,7 @@ from cluster.errors import ConfigError
 from services.endpoint import teacher as teachers
 from services.endpoint.api import build_api
 from services.endpoint.fixed import FixedModel
+from services.endpoint.limits import BYTES_PER_TOKEN
 from services.endpoint.metrics import RouterMetrics
 from services.endpoint.router import Router, put_router_into
 from services.endpoint.schema import DirectoryArguments, EndpointArguments
@@ -45,12 +46,16 @@ class Scripted:
 
     how: Callable[[], Response] = Response
     models: tuple[str, ...] = ("scripted",)
+    listed: bytes | None = None
+    """What it lists, if that is no list of models."""
     asked: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
 
     def app(self) -> Starlette:
         async def models(request: Request) -> Response:
             if request.headers.get("authorization") != "Bearer the-teacher-s":
                 return JSONResponse({"error": {"message": "wrong key sk-secret"}}, 401)
+            if self.listed is not None:
+                return Response(self.listed, media_type="application/json")
             return JSONResponse({"data": [{"id": name} for name in self.models]})
 
         async def answer(request: Request) -> Response:
@@ -110,6 +115,7 @@ def running() -> Iterator[tuple[Scripted, str]]:
 def scripted(arguments: EndpointArguments, running: tuple[Scripted, str]) -> tuple[Scripted, Front]:
     endpoint, url = running
     endpoint.how, endpoint.models, endpoint.asked = events(FIRST, b"data: [DONE]\n\n"), ("scripted",), []
+    endpoint.listed = None
     return endpoint, Front(arguments, teacher_url=url)
 
 
@@ -203,7 +209,7 @@ def test_teacher_is_behind_the_keys_and_places_of_every_request(
     assert error_of(front.ask()) == (403, "model_not_allowed")
     assert endpoint.asked == []
     front.client.headers["authorization"] = f"Bearer {good}"
-    usage = b'data: {"choices": [], "usage": {"prompt_tokens": 300, "completion_tokens": 400}}\n\n'
+    usage = b'data: {"choices": [], "usage": {"prompt_tokens": 500, "completion_tokens": 200}}\n\n'
     endpoint.how = events(FIRST, usage, b"data: [DONE]\n\n")
     assert front.ask(stream=True).content == FIRST + b"data: [DONE]\n\n"
     left = int(front.ask(max_tokens=1).headers["x-ratelimit-remaining-tokens"])
@@ -253,6 +259,55 @@ def test_teacher_whose_stream_breaks_off_ends_with_an_error_event(scripted: tupl
     assert json.loads(said[2].removeprefix("data: "))["error"]["type"] == "server_error"
     assert "[DONE]" not in response.text
     assert [seen.ok for seen in front.router.take_observations()] == [False]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "counted"),
+    [
+        ("7", "9", (7, 9)),
+        ("-1000000", "-1000000", (None, 0)),
+        ("1" + 400 * "0",) * 2 + ((..., 256),),
+        ("true", '"3"', (None, 0)),
+    ],
+)
+def test_teacher_s_word_for_what_it_used_is_taken_as_far_as_it_can_be(
+    scripted: tuple[Scripted, Front], prompt: str, completion: str, counted: tuple[Any, int]
+) -> None:
+    endpoint, front = scripted
+    usage = f'{{"prompt_tokens": {prompt}, "completion_tokens": {completion}}}'
+    endpoint.how = lambda: Response(f'{{"choices": [], "usage": {usage}}}', media_type="application/json")
+    body = json.dumps(TEXT)
+    assert front.client.post("/v1/completions", content=body).status_code == 200
+    [seen] = front.router.take_observations()
+    named = {None: len(body) // BYTES_PER_TOKEN, ...: len(body) + 1000}
+    assert (seen.prompt_tokens, seen.completion_tokens) == (named.get(counted[0], counted[0]), counted[1])
+
+
+def test_teacher_s_answer_has_a_bound_and_is_json(
+    scripted: tuple[Scripted, Front], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers, "_ANSWER_BYTES", 1000)
+    endpoint, front = scripted
+    for content in (b'{"choices": [], "x": "%s"}' % (2000 * b"x"), b'{"choices": [], "usage": {"prompt_tokens": NaN}}'):
+        endpoint.how = lambda content=content: Response(content, media_type="application/json")  # type: ignore[misc]
+        assert error_of(front.ask()) == (503, "teacher_unavailable")
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        b'{"data": [{"id": "\\ud800"}]}',
+        b'{"data": [{"id": "' + 1000 * b"n" + b'"}]}',
+        b'{"data": [{"id": ""}]}',
+        200_000 * b"[",
+        b'{"data": [], "more": "' + (1 << 20) * b"x" + b'"}',
+    ],
+)
+def test_teacher_that_lists_nonsense_is_not_up_and_the_page_is(scripted: tuple[Scripted, Front], listed: bytes) -> None:
+    endpoint, front = scripted
+    endpoint.listed = listed
+    assert "model" in front.row()["problem"]
+    assert error_of(front.ask()) == (503, "teacher_unavailable")
 
 
 def test_teacher_stops_when_the_client_leaves(scripted: tuple[Scripted, Front]) -> None:
