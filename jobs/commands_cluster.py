@@ -216,21 +216,23 @@ def add_cluster_commands(app: typer.Typer, guard: Guard, load: Load) -> None:
         def work() -> None:
             from rich.console import Console
 
+            from cluster.config import validate
             from jobs.plan import PlanOptions
             from jobs.plan import plan as planned
             from jobs.planning.cards import read_prices
             from jobs.planning.table import show_plan
 
-            options = PlanOptions(
-                teacher_card=teacher_card,
-                student_card=student_card,
-                students=students,
-                tokens=tokens,
-                teacher_utilisation=teacher_utilisation,
-                student_utilisation=student_utilisation,
-                network_gbps=network_gbps,
-                prices=read_prices(price or []),
-            )
+            asked = {
+                "teacher_card": teacher_card,
+                "student_card": student_card,
+                "students": students,
+                "tokens": tokens,
+                "teacher_utilisation": teacher_utilisation,
+                "student_utilisation": student_utilisation,
+                "network_gbps": network_gbps,
+                "prices": read_prices(price or []),
+            }
+            options = validate(PlanOptions, asked, "options")
             found = planned(load(config, overrides), options)
             if as_json:
                 typer.echo(json.dumps(found, sort_keys=True))

@@ -87,7 +87,7 @@ def add_key_commands(app: typer.Typer, guard: Guard, load: Load, answer: Answer)
         overrides: Overrides = None,
         as_json: AsJson = False,
     ) -> None:
-        """Revoke a key; endpoints refuse it within 5 s."""
+        """Revoke a key; endpoints refuse it within 2 s."""
 
         def revoked() -> tuple[dict[str, Any], str]:
             from jobs.keys import revoke

@@ -190,7 +190,7 @@ def _beside(mine: float | None, theirs: float | None, against: str) -> str:
 
 def _same_machine(one: Any, other: Any) -> bool:
     """Whether both are known and compute alike; a GPU counts where both used one."""
-    if not one or not other:
+    if not (isinstance(one, dict) and isinstance(other, dict) and one and other):
         return False
     both = one.get("gpu", ""), other.get("gpu", "")
     return all(one.get(part) == other.get(part) for part in _PARTS) and (not all(both) or both[0] == both[1])
@@ -201,7 +201,7 @@ _PARTS = ("processor", "system", "threads")
 
 def _machine(found: Any) -> str:
     """A machine for people."""
-    if not found:
+    if not isinstance(found, dict) or not found:
         return "a machine that was not recorded"
     hardware = [str(found[part]) for part in ("processor", "gpu", "system") if part in found]
     return f"{', '.join(hardware)}, {found.get('threads', '?')} threads"

@@ -119,11 +119,11 @@ def promote_version(config: RunConfig, number: str, force: bool) -> Outcome:
         config.promote,
         config.model_name,
         version,
-        manifest.get("float_student") or {},
-        manifest.get("measured") or {},
+        _figures(manifest, "float_student"),
+        _figures(manifest, "measured"),
         database_url(config.state_directory),
         tracking,
-        teacher=manifest.get("teacher"),
+        teacher=_figures(manifest, "teacher"),
         run=config.name,
         force=force,
         canary=config.serve.canary,
@@ -162,6 +162,12 @@ def _manifest(uri: str) -> dict[str, Any]:
         return {}
 
 
+def _figures(manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a manifest says was measured; nothing, which no rule lets pass, where that is no record."""
+    found = manifest.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def _reigning(config: PromoteConfig, champion: Champion | None, candidate: dict[str, str]) -> Reigning:
     """The champion's recorded figures, for rules that ask for them: those of the manifest that was registered, whatever
     became of its weights. None if that is gone, and none of quality if it was measured on other text than the
@@ -172,7 +178,7 @@ def _reigning(config: PromoteConfig, champion: Champion | None, candidate: dict[
     name, manifest = f"champion, version {champion.version}", _manifest(champion.uri)
     if manifest_sha256(manifest) != champion.manifest_sha256:
         return Reigning(f"{name}, whose manifest is gone or damaged,", {})
-    measured = manifest.get("measured") or {}
+    measured = _figures(manifest, "measured")
     if manifest.get("data_fingerprint") != _manifest(candidate["uri"]).get("data_fingerprint"):
         timed = {key: value for key, value in measured.items() if not key.startswith("bits_per_byte")}
         return Reigning(f"{name}, on the candidate's held-out text,", timed)

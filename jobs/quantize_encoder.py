@@ -91,6 +91,10 @@ def quantize_encoder(
                 f"{into / scheme} is there already and has no {MANIFEST}: remove it, or name another INTO"
             )
     rows = read_texts(directory, texts)
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{into}: cannot be a directory ({error.strerror}): name another INTO") from error
     storage.sweep()
     report(0, "float: measuring")
     exact_figures, exact = _measure_elsewhere(directory, "float", rows, labels, threads)
@@ -291,7 +295,7 @@ def read_rows(
     if not rows:
         raise CorpusError(f"rows {path}: no rows in it")
     for number, row in enumerate(rows):
-        if not isinstance(row[text_column], str):
+        if not _is_text(row[text_column]):
             raise CorpusError(
                 f"rows {path}: row {number}: {text_column} holds {row[text_column]!r:.80}; expected a text"
             )
@@ -301,6 +305,11 @@ def read_rows(
                 f"rows {path}: row {number}: {label_column} holds {label!r:.80}; expected whole numbers from 0"
             )
     return [row[text_column] for row in rows], None if label_column is None else [row[label_column] for row in rows]
+
+
+def _is_text(value: Any) -> bool:
+    """Half of a surrogate pair can be written in JSON, and is no text."""
+    return isinstance(value, str) and all(not "\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _parquet_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:

@@ -41,6 +41,13 @@ def test_gate_refuses_what_is_no_number_and_can_store_it(student, candidate):
     assert json.loads(json.dumps(found.as_json(), allow_nan=False))["passed"] is False
 
 
+@pytest.mark.parametrize("harm", [{"bits_per_byte": 10**400}, {"token_s": 10**400}, {"machine": "x"}, {"machine": [1]}])
+def test_gate_refuses_figures_of_another_kind(harm):
+    found = verdict({"max_latency_ratio": 9}, {**CANDIDATE, **harm})
+    assert not found.passed
+    assert json.loads(json.dumps(found.as_json(), allow_nan=False))["passed"] is False
+
+
 @pytest.mark.parametrize("figure", ["bits_per_byte", "bytes", "token_s", "tokens_per_s"])
 @pytest.mark.parametrize("impossible", [0, 0.0, -1.0, -math.inf])
 def test_gate_refuses_figures_that_cannot_be(figure, impossible):

@@ -210,6 +210,9 @@ def test_plan_on_the_command_line_prints_a_table_and_json(teacher, tmp_path, mon
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert found["student"]["cards"] == 4
     assert found["student"]["card"]["usd_per_hour"] == 2
+    endless = CliRunner().invoke(app, [*arguments, "--tokens", "inf"])
+    assert (endless.exit_code, endless.stderr.count("\n")) == (2, 1)
+    assert "tokens: found inf" in endless.stderr
     wrong = CliRunner().invoke(app, [*arguments, "--student-card", "tpu"])
     assert wrong.exit_code == 2
     assert wrong.stderr.startswith("raystill: card tpu: not in the table")

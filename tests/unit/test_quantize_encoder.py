@@ -150,6 +150,14 @@ def test_encoder_command_refuses_before_any_work(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+def test_place_that_cannot_be_a_directory_is_refused_before_any_work(tmp_path):
+    encoder = save_encoder(tmp_path / "e")
+    (tmp_path / "file").write_text("somebody's")
+    with pytest.raises(ConfigError, match=r"file: cannot be a directory .*: name another INTO"):
+        job.quantize_encoder(str(encoder), tmp_path / "file", ["onnx_int8"], ["text"])
+    assert (tmp_path / "file").read_text() == "somebody's"
+
+
 @pytest.mark.parametrize(
     ("content", "columns", "words"),
     [
@@ -164,6 +172,7 @@ def test_encoder_command_refuses_before_any_work(tmp_path):
             "row 1: text holds None; expected a text",
         ),
         ('{"text": ["a", "b"]}', ("text", None), r"row 0: text holds \['a', 'b'\]; expected a text"),
+        ('{"text": "\\ud83d"}', ("text", None), r"row 0: text holds '\\ud83d'; expected a text"),
         ('{"text": "a"}\n{"text": ', ("text", None), "line 2 is not JSON"),
         ('"a"', ("text", None), "line 1 is no JSON object"),
         ("\n", ("text", None), "no rows in it"),
