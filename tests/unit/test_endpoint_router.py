@@ -22,6 +22,7 @@ from services.endpoint.schema import EndpointArguments
 from services.endpoint.traffic import Reign, Route, RoutingTable, place
 from services.endpoint.versions import Version
 from tests.endpoint_models import publish_version
+from tests.local_http import call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = "tiny-student"
@@ -324,34 +325,10 @@ def test_slow_champion_gives_its_challenger_time(bench: Bench) -> None:
 def test_client_that_leaves_before_an_answer_says_how_long_it_waited(bench: Bench) -> None:
     bench.set(share=1.0)
     bench.break_version(bench.new, "hangs")
-    body = json.dumps(TEXT).encode()
-    sent: list[Any] = []
-
-    async def leave() -> None:
-        left = asyncio.Event()
-        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-        async def receive() -> Any:
-            if (message := next(messages, None)) is not None:
-                return message
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"}
-        scope |= {"query_string": b"", "headers": headers, "client": ("127.0.0.1", 1), "scheme": "http"}
-        task = asyncio.ensure_future(bench.api({**scope, "http_version": "1.1", "server": ("x", 1)}, receive, send))
-        await asyncio.sleep(0.3)
-        left.set()
-        await asyncio.wait({task}, timeout=10)
-
-    asyncio.run(leave())
+    asyncio.run(call(bench.api, TEXT, leave_after=0))
     [seen] = bench.seen()
     assert (seen.departed, seen.trial, seen.manifest_sha256) == (True, (7, 0), bench.new.manifest_sha256)
-    assert seen.ttft_s >= 0.25
+    assert seen.ttft_s >= 0.15
     assert bench.router.in_flight.total() == 0
 
 
