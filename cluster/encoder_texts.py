@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.errors import ModelError, StorageError
 from cluster.model_directory import model_kind, read_json
+from cluster.pretrained import uncut_tokenizer
 from cluster.storage import check_key
 
 _OFFSET_POSITIONS = {
@@ -46,15 +47,7 @@ class TextReader:
         Raises:
             ModelError: no tokenizer, a damaged file beside it, or no id to pad a classifier's texts with.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(directory))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{directory.name}: no tokenizer could be loaded ({error})") from error
-        # A limit saved with the tokenizer would cut long texts without a word.
-        self.tokenizer.backend_tokenizer.no_truncation()
-        self.tokenizer.backend_tokenizer.no_padding()
+        self.tokenizer = uncut_tokenizer(directory)
         self.pad_id = read_pad_id(directory)
         self._prepare, self._prefix = _preparation(directory)
         self.max_tokens = min([max_tokens, *_limits(directory, self.tokenizer, self.pad_id)])

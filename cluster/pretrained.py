@@ -158,3 +158,21 @@ def model_fingerprint(directory: str | Path) -> str:
                 file.seek(offset)
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def uncut_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a directory, without a limit or padding that was saved with it and would cut long texts without
+    a word.
+
+    Raises:
+        ModelError: there is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory.name}: no tokenizer could be loaded ({error})") from error
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.errors import ModelError
+from cluster.pretrained import uncut_tokenizer
 from cluster.published import MANIFEST
 from services.endpoint.decoding import Piece, Vocabulary
 from services.endpoint.engines.base import Engine, Read
@@ -47,17 +48,9 @@ class ServedModel:
         Raises:
             ModelError: the directory cannot be served; the message says why.
         """
-        from transformers import AutoTokenizer
-
         self.scheme = _read_json(directory / MANIFEST).get("scheme", "float")
         config = _read_json(directory / "config.json")
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(directory))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{directory.name}: no tokenizer could be loaded ({error})") from error
-        # A limit saved with the tokenizer would cut long prompts without a word.
-        self.tokenizer.backend_tokenizer.no_truncation()
-        self.tokenizer.backend_tokenizer.no_padding()
+        self.tokenizer = uncut_tokenizer(directory)
         self.vocabulary = Vocabulary(self.tokenizer)
         limits = [config.get(name) for name in ("max_position_embeddings", "n_positions", "max_sequence_length")]
         self.max_context_tokens = min([max_context_tokens, *(limit for limit in limits if isinstance(limit, int))])
