@@ -100,7 +100,8 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_bias = None if bias_V is None else torch.zeros_like(bias_V)
         sums = torch.zeros(3, dtype=torch.float64, device=hidden_ND.device)
         gradient_of = _stepwise if fused is None else partial(_fused, fused)
-        chunk, block = (_rows(elements, vocab_size) for elements in (_CHUNK_ELEMENTS, _BLOCK_ELEMENTS))
+        chunk = _rows(_CHUNK_ELEMENTS, vocab_size)
+        block = chunk if fused is not None else _rows(_BLOCK_ELEMENTS, vocab_size)  # which stores nothing in between
         raw_cV = hidden_ND.new_empty(min(chunk, num_positions), vocab_size)  # these two serve every chunk
         part_VD = torch.empty_like(weight)
         for start in range(0, num_positions, chunk):

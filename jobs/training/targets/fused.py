@@ -58,7 +58,7 @@ def forward_kl(
     """
     z_nV, t_nV = student_nV.float(), teacher_nV.float()
     highest_z_n1, highest_t_n1 = z_nV.amax(-1, keepdim=True), t_nV.amax(-1, keepdim=True)
-    agree_n1 = (t_nV.gather(-1, z_nV.argmax(-1, keepdim=True)) == highest_t_n1).sum()
+    agree = ((z_nV == highest_z_n1) & (t_nV == highest_t_n1)).any(-1).sum()  # an argmax takes a quarter longer
     z_nV, t_nV = z_nV - highest_z_n1, t_nV - highest_t_n1
     columns_1V = torch.arange(z_nV.shape[-1], device=z_nV.device)[None]
     exp_z_nV = z_nV.exp()
@@ -79,4 +79,4 @@ def forward_kl(
     # T^2 in front of the divergence, 1/T from the logits.
     weight = 1 - alpha if temperature is None else (1 - alpha) * temperature
     gradient_nV = alpha * (probs_nV - (columns_1V == targets_n1).float()) + weight * (soft_nV - exp_t_nV / sum_t_n1)
-    return cross_entropy, divergence, agree_n1, gradient_nV.to(student_nV.dtype)
+    return cross_entropy, divergence, agree, gradient_nV.to(student_nV.dtype)
