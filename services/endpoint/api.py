@@ -99,7 +99,7 @@ def build_api(
     @api.api_route("/v1/models/{model:path}", methods=_READ)
     async def get_model(model: str) -> Response:
         served = current()
-        check_model(model)
+        check_model(model, exactly=True)
         return JSONResponse(_card(served).model_dump())
 
     @api.post("/v1/completions")
@@ -195,8 +195,8 @@ def build_api(
         account_of(request).use(sum(map(len, texts)))
         return texts
 
-    def check_model(model: str) -> None:
-        named = model if place == "alone" else model.partition("@")[0]  # NAME@champion and the like are for the router
+    def check_model(model: str, exactly: bool = place == "alone") -> None:
+        named = model if exactly else model.partition("@")[0]  # NAME@champion and the like are for the router
         if named != arguments.model_name:
             message = f"The model {model[:128]!r} does not exist; this endpoint serves {arguments.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")

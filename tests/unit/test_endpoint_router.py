@@ -254,6 +254,9 @@ def test_health_and_models_are_the_router_s(bench: Bench, client: TestClient) ->
     health = client.get("/healthz").json()
     assert (health["version"], health["scheme"], health["requests"], health["problem"]) == ("1", "float", 0, None)
     assert client.get("/v1/models").json()["data"][0]["id"] == MODEL
+    assert client.get(f"/v1/models/{MODEL}").status_code == 200
+    for unlisted in (f"{MODEL}@anything", f"{MODEL}@"):
+        assert client.get(f"/v1/models/{unlisted}").status_code == 404
     assert client.get("/v1/raystill/traffic").json()["model"] == MODEL
     bench.router.table = RoutingTable()
     assert client.get("/healthz").status_code == 503
