@@ -4,6 +4,7 @@ Ours is a replica on Ray Serve behind its proxy. transformers serves the same di
 `--continuous-batching`; with `--llama-cpp DIRECTORY`, llama.cpp's `llama-server` serves the same weights as GGUF. All
 servers are up at the same time and one is asked at a time, in turns, by one client: 1 stream, then 16 at once, each of
 64 tokens (`--quick`: 32) behind a prompt of about 32, greedily. The whole of a stream counts, its first token included.
+`--ours '{"replicas": 2}'` gives ours other fields of `serve` than the defaults.
 The others are stopped meanwhile, since some of them compute when nobody asks; but for ours, whose Ray would miss it.
 """
 
@@ -113,7 +114,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(name: str, directory: Path, llama_cpp: str | None, work: Path) -> Iterator[Server]:
+def running(name: str, directory: Path, llama_cpp: str | None, work: Path, ours: str = "{}") -> Iterator[Server]:
     """A server in a process of its own; returns when it answers."""
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if key not in OUR_SETTINGS}
@@ -121,6 +122,7 @@ def running(name: str, directory: Path, llama_cpp: str | None, work: Path) -> It
     path, model = "/health", str(directory)
     if name == OURS:
         command = [sys.executable, "-m", "tests.benchmarks.endpoint", "--serve", f"{directory}:{work}:{port}"]
+        command += ["--ours", ours]
         path, model = "/healthz", MODEL
     elif name == LLAMA:
         from tests.benchmarks.gguf_files import write_gguf
@@ -174,7 +176,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def serve(directory: Path, work: Path, port: int) -> None:
+def serve(directory: Path, work: Path, port: int, fields: dict[str, Any]) -> None:
     """Our endpoint with the model of a directory as its champion, until it is interrupted."""
     from cluster.connection import ClusterConfig, connect
     from cluster.published import manifest_sha256, publish_directory
@@ -187,19 +189,21 @@ def serve(directory: Path, work: Path, port: int) -> None:
     manifest = publish_directory(directory, storage, "versions/1", scheme="float")
     crown_version(database, MODEL, "1", f"{storage.uri}/versions/1", manifest_sha256(manifest))
     with connect(ClusterConfig(num_cpus=4, object_store_mb=80)):
-        start_endpoint(EndpointConfig(port=port), MODEL, database, timeout_s=150, blocking=True)
+        start_endpoint(EndpointConfig(port=port, **fields), MODEL, database, timeout_s=150, blocking=True)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def compare(directory: Path, names: list[str], repeats: int, new_tokens: int, llama_cpp: str | None) -> list[Server]:
+def compare(
+    directory: Path, names: list[str], repeats: int, new_tokens: int, llama_cpp: str | None, ours: str
+) -> list[Server]:
     """All servers, measured in turns, the order turned round every time."""
     with contextlib.ExitStack() as stack:
         servers = []
         for name in names:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raystill-bench-")))
-            servers.append(stack.enter_context(running(name, directory, llama_cpp, work)))
+            servers.append(stack.enter_context(running(name, directory, llama_cpp, work, ours)))
             servers[-1].new_tokens = new_tokens
         for turn in track(range(repeats + 1), "turns", console=Console(stderr=True)):
             for server in servers if turn % 2 else servers[::-1]:
@@ -215,12 +219,13 @@ def compare(directory: Path, names: list[str], repeats: int, new_tokens: int, ll
 def main() -> None:
     def own(parser: Any) -> None:
         parser.add_argument("--llama-cpp", help="directory with llama.cpp's programs")
+        parser.add_argument("--ours", default="{}", metavar="JSON", help="fields of `serve` for our endpoint")
         parser.add_argument("--serve", help="DIRECTORY:WORK:PORT, for the process that serves ours")
 
     options = arguments(__doc__ or "", own)
     if options.serve:
         directory, work, port = options.serve.split(":")
-        serve(Path(directory), Path(work), int(port))
+        serve(Path(directory), Path(work), int(port), json.loads(options.ours))
         return
     names = [OURS, PLAIN, BATCHING, *([LLAMA] if options.llama_cpp else [])]
     models = [("Llama 8 x 512", save_random), *([] if options.quick else [("SmolLM2-135M", save_smollm2)])]
@@ -229,7 +234,8 @@ def main() -> None:
     for title, save in models:
         for dtype in (torch.float32,) if options.quick else (torch.float32, torch.bfloat16):
             with tempfile.TemporaryDirectory(prefix="raystill-bench-") as name:
-                servers = compare(save(Path(name), dtype), names, options.repeats or 5, new_tokens, options.llama_cpp)
+                asked = (options.repeats or 5, new_tokens, options.llama_cpp, options.ours)
+                servers = compare(save(Path(name), dtype), names, *asked)
             label = f"{title}, {str(dtype).removeprefix('torch.')}"
             for server in servers:
                 firsts = [f"{statistics.median(server.first_s[count]) * 1000:,.0f}" for count in STREAMS]
