@@ -15,7 +15,8 @@ import uvicorn
 @contextmanager
 def served(app: Any) -> Iterator[str]:
     """Serves in the length of the block; the base URL."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    # httpx drops a connection that was idle for five seconds, and so does uvicorn by itself: a request may meet that.
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_keep_alive=120))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=lambda: server.run([listening]))

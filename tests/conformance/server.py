@@ -71,7 +71,10 @@ def serving(app: Any) -> Iterator[str]:
     """Runs an ASGI application on a free port of 127.0.0.1; gives its base URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=5)
+        # Longer than httpx keeps an idle connection, five seconds: else a request may meet its end.
+        config = uvicorn.Config(
+            app, log_level="error", access_log=False, timeout_graceful_shutdown=5, timeout_keep_alive=120
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
