@@ -95,9 +95,10 @@ def assert_same(ours, reference, hidden, head, tolerance=1e-9):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Chunks of 16 positions, so that every test crosses chunk borders and has a short last chunk."""
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", 20 * V)
+    """Chunks of 32 positions in blocks of 16, so that tests cross the borders of both and have short last ones."""
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", 40 * V)
     monkeypatch.setattr(losses, "_BLOCK_ELEMENTS", 16 * V)
+    monkeypatch.setattr(losses, "_FUSED_BLOCK_ELEMENTS", 16 * V)
 
 
 def kinds(teacher_logits: Tensor):
@@ -221,6 +222,9 @@ def test_loss_compiled_equals_step_by_step_for_any_number_of_rows():
             some = (hidden[:rows], head, targets[:rows], Exact(teacher_logits[:rows]), objective)
             found, expected = (distillation_loss(*some, fused) for fused in (compiled, None))
             assert_same(found.total, expected.total, hidden, head, 1e-5)
+            assert found.agreements == expected.agreements
+            assert found.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-5)
+            assert found.divergence == pytest.approx(expected.divergence, rel=1e-5)
 
 
 def test_loss_without_a_compiler_says_so_and_is_formed_step_by_step(monkeypatch, caplog):
