@@ -16,18 +16,23 @@ import uvicorn
 def served(app: Any) -> Iterator[str]:
     """Serves in the length of the block; the base URL."""
     # httpx drops a connection that was idle for five seconds, and so does uvicorn by itself: a request may meet that.
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_keep_alive=120))
+    config = uvicorn.Config(
+        app, log_level="error", access_log=False, timeout_keep_alive=120, timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(config)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=lambda: server.run([listening]))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
         try:
-            while not server.started:
-                time.sleep(0.01)
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(20)
+            assert not thread.is_alive()
 
 
 async def call(app: Any, body: dict[str, Any], leave_after: int | None = None) -> list[Any]:

@@ -4,19 +4,16 @@ What Ray Serve's proxy adds to every answer (the `x-request-id`) is added here b
 """
 
 import contextlib
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from services.endpoint.api import build_api
 from services.endpoint.fixed import FixedModel
 from services.endpoint.schema import DirectoryArguments
+from tests.local_http import served
 
 
 @dataclass
@@ -62,28 +59,5 @@ def endpoint(name: str, directory: Path, **fields: Any) -> Iterator[Endpoint]:
 
     arguments = DirectoryArguments(model_name=name, directory=str(directory), **fields)
     fixed = FixedModel(arguments)
-    with serving(RequestIdMiddleware(build_api(arguments, fixed))) as url:
+    with served(RequestIdMiddleware(build_api(arguments, fixed))) as url:
         yield Endpoint(url, name, fixed, arguments)
-
-
-@contextlib.contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """Runs an ASGI application on a free port of 127.0.0.1; gives its base URL."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        # Longer than httpx keeps an idle connection, five seconds: else a request may meet its end.
-        config = uvicorn.Config(
-            app, log_level="error", access_log=False, timeout_graceful_shutdown=5, timeout_keep_alive=120
-        )
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(timeout=20)
-            assert not thread.is_alive()

@@ -16,7 +16,8 @@ from cluster.api_keys import create_key, opened_keys
 from services.endpoint.api import build_api
 from tests.conformance.bodies import ALL, SDK, chat, text
 from tests.conformance.clients import CLIENTS
-from tests.conformance.server import Endpoint, serving
+from tests.conformance.server import Endpoint
+from tests.local_http import served
 
 SHAPE = {"message", "type", "param", "code"}
 each_client = pytest.mark.parametrize("client", ALL)
@@ -49,7 +50,7 @@ def locked(tiny: Endpoint, tmp_path: Path) -> Iterator[Locked]:
     database = f"sqlite:///{tmp_path}/champions.db"
     with opened_keys(database) as engine:
         made = {name: create_key(engine, name, **fields)[1] for name, fields in KEYS.items()}
-    with serving(build_api(tiny.arguments.replace(database=database), tiny.fixed)) as url:
+    with served(build_api(tiny.arguments.replace(database=database), tiny.fixed)) as url:
         yield Locked(url, made)
 
 
@@ -294,7 +295,7 @@ def test_14_clients_try_again_as_they_are_told(client: str, tiny: Endpoint) -> N
         tiny.set_full(number == 1)
 
     app = Counting(build_api(tiny.arguments, tiny.fixed), full_for_the_first)
-    with serving(app) as url:
+    with served(app) as url:
         api = CLIENTS[client](url, max_retries=2)
         started = time.monotonic()
         assert api.chat(**chat(tiny))["choices"][0]["message"]["role"] == "assistant"
@@ -306,7 +307,7 @@ def test_14_clients_try_again_as_they_are_told(client: str, tiny: Endpoint) -> N
 @pytest.mark.parametrize("client", ["openai", "openai_async", "langchain"])
 def test_14_clients_do_not_try_a_mistake_again(client: str, tiny: Endpoint) -> None:
     app = Counting(build_api(tiny.arguments, tiny.fixed))
-    with serving(app) as url:
+    with served(app) as url:
         api = CLIENTS[client](url, max_retries=2)
         assert api.failure(lambda: api.chat(**chat(tiny, n=99))).status == 400
         api.close()
