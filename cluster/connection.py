@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cluster.config import Config, execution
 from cluster.errors import ClusterUnreachable
-from cluster.interrupts import raise_on_signals
+from cluster.interrupts import daemons_in_own_groups, raise_on_signals
 from cluster.pools import PoolsConfig
 from cluster.resources import logical_cpus, process_environment
 
@@ -80,7 +80,7 @@ def check_address(address: str) -> None:
 def while_ray_lives(work: Callable[[], None]) -> None:
     """Does something with Ray; gives up if the embedded Ray's own processes have ended, for which Ray waits a minute.
 
-    A signal to the whole process group (a terminal that closes, `timeout`, systemd) ends them together with the driver.
+    On Linux they outlive a signal to the process group, not one to everything in a control group, as systemd sends it.
     """
     import ray
 
@@ -137,14 +137,15 @@ def connect(config: ClusterConfig) -> Iterator[Connection]:
     done = False
     try:
         try:
-            ray.init(
-                num_cpus=num_cpus,
-                object_store_memory=config.object_store_mb << 20,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                _temp_dir=directory,
-            )
+            with daemons_in_own_groups():
+                ray.init(
+                    num_cpus=num_cpus,
+                    object_store_memory=config.object_store_mb << 20,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    _temp_dir=directory,
+                )
         except Exception as error:  # of many classes, a bare Exception among them
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ClusterUnreachable(

@@ -4,11 +4,16 @@ Libraries put their own handlers in place when they start (Ray's for SIGTERM pri
 `raise_on_signals` again after them.
 """
 
+import contextlib
+import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 _received = signal.SIGINT
+_leave_group = False
 
 
 def raise_on_signals() -> None:
@@ -21,6 +26,30 @@ def raise_on_signals() -> None:
 def exit_code() -> int:
     """What a process that was interrupted ends with, as shells have it: 130 after Ctrl-C, 143 after SIGTERM."""
     return 128 + _received
+
+
+@contextlib.contextmanager
+def daemons_in_own_groups() -> Iterator[None]:
+    """What Ray starts in this block is spared a signal to our process group, and ends when we have said goodbye to it.
+
+    A terminal, `timeout` and a supervisor signal the whole group. Were Ray's daemons to die of it, Ray's native code
+    would end this process too, at any moment and with a code of its own. On Linux only: elsewhere Ray finds what a
+    killed driver left by its group.
+    """
+    global _leave_group
+    _leave_group = sys.platform == "linux"
+    try:
+        yield
+    finally:
+        _leave_group = False
+
+
+def _after_fork() -> None:
+    if _leave_group:
+        os.setpgrp()
+
+
+os.register_at_fork(after_in_child=_after_fork)  # called between fork and exec, since Ray gives a preexec_fn
 
 
 def _raise(number: int, frame: Any) -> NoReturn:
