@@ -154,6 +154,7 @@ def _continuous_batching(options: dict[str, Any], prompts: list[list[int]], dtyp
                 assert len(result.generated_tokens) == NEW_TOKENS, result.error
                 done += 1
 
+    measure.close = manager.stop  # type: ignore[attr-defined]
     return measure
 
 

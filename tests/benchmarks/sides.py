@@ -153,6 +153,7 @@ def _serve(module: str, name: str, options: str) -> None:
         facts = measure() or {}
         facts = {"seconds": time.perf_counter() - started, **facts}
         print(json.dumps({**facts, "peak_bytes": _memory("VmHWM") - before}), flush=True)
+    getattr(measure, "close", lambda: None)()  # what has a thread that would keep the process
 
 
 def _forget_peak() -> None:
