@@ -176,7 +176,7 @@ def test_numbers_that_are_none_do_not_reach_who_comes_next() -> None:
     engine.forward([Read(place, [1, 2, 3])])
     for arena in engine._arenas.values():
         for values in arena:
-            values[: place.length] = float("nan")
+            values[:, : place.length] = float("nan")
     engine.release(place)
     places = [engine.reserve(10), engine.reserve(10)]
     rows = engine.forward([Read(place, [1]) for place in places if place is not None])

@@ -2,9 +2,10 @@
 
 Selective batching (Orca, Yu et al., OSDI 2022): the tokens of all sequences are laid out in one row of N, so that
 every linear layer is one product, and only attention looks at whose token is whose. The keys and values of a layer lie
-in one arena [tokens, heads, width]; a sequence has a contiguous range of it, as long as its prompt and its longest
-answer, reserved in units of `UNIT` tokens. Sequences within their first unit attend together, longer ones each alone:
-the mask of a common product would make them pay for the longest.
+in one arena [heads, tokens, width], those of a head one behind the other, as its product reads them; a sequence has a
+contiguous range of tokens, as long as its prompt and its longest answer, reserved in units of `UNIT` tokens. Sequences
+within their first unit attend together, longer ones each alone: the mask of a common product would make them pay for
+the longest.
 
 What a sequence gets does not depend on the others beyond last bits: prompts are read in chunks between fixed borders,
 and the products of attention have shapes for which the kernels treat each sequence alike, whoever is beside it; of the
@@ -68,14 +69,14 @@ class RaggedEngine:
             # Columns behind a mask still count as zero times their value, which is not zero for what is no number.
             for arena in self._arenas.values():
                 for values in arena:
-                    values[first * UNIT : first * UNIT + place.capacity] = 0
+                    values[:, first * UNIT : first * UNIT + place.capacity] = 0
 
     @torch.inference_mode()
     def fork(self, place: Place, source: Place, num_tokens: int) -> bool:
         into, out_of = place.state * UNIT, source.state * UNIT
         for arena in self._arenas.values():
             for values in arena:
-                values[into : into + num_tokens] = values[out_of : out_of + num_tokens]
+                values[:, into : into + num_tokens] = values[:, out_of : out_of + num_tokens]
         place.length = num_tokens
         return True
 
@@ -96,7 +97,7 @@ class RaggedEngine:
     def _last_written(self, place: Place) -> Iterator[Tensor]:
         """The last token's keys and values: what is no number spreads to all later ones and to the last layer."""
         if place.length and self._arenas:
-            yield from (values[place.state * UNIT + place.length - 1] for values in self._arenas[max(self._arenas)])
+            yield from (values[:, place.state * UNIT + place.length - 1] for values in self._arenas[max(self._arenas)])
 
 
 # --- one pass ---------------------------------------------------------------------------------------------------------
@@ -154,15 +155,15 @@ class _Step:
         self._short_masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def arena(self, layer: int, key_KND: Tensor, value_KND: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of a layer, [tokens, K, D], with those of this pass written."""
+        """The keys and values of a layer, [K, tokens, D], with those of this pass written."""
         if layer not in self.arenas:
             # Zeros, and not whatever is in the memory: masked columns count as zero times their value.
             tokens = self._num_units * UNIT
-            keys, values = (item.new_zeros(tokens, item.shape[0], item.shape[2]) for item in (key_KND, value_KND))
+            keys, values = (item.new_zeros(item.shape[0], tokens, item.shape[2]) for item in (key_KND, value_KND))
             self.arenas[layer] = (keys, values)
         keys, values = self.arenas[layer]
-        keys.index_copy_(0, self.columns_N, key_KND.transpose(0, 1))
-        values.index_copy_(0, self.columns_N, value_KND.transpose(0, 1))
+        keys.index_copy_(1, self.columns_N, key_KND)
+        values.index_copy_(1, self.columns_N, value_KND)
         return keys, values
 
     def short_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -219,18 +220,18 @@ def _attention(
     if unknown or others.get("is_causal") is False:
         raise NotImplementedError(f"attention with {unknown or 'is_causal=False'}")
     step = _STEP.get()
-    keys_TKD, values_TKD = step.arena(module.layer_idx, key[0], value[0])
+    keys_KTD, values_KTD = step.arena(module.layer_idx, key[0], value[0])
     query_NHD = query[0].transpose(0, 1)
     num_rows, num_heads, _ = query_NHD.shape
-    num_kv = keys_TKD.shape[1]
+    num_kv = len(keys_KTD)
     group = num_heads // num_kv
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output_NHD = query.new_empty(num_rows, num_heads, values_TKD.shape[2])
+    output_NHD = query.new_empty(num_rows, num_heads, values_KTD.shape[2])
     if len(step.short_rows):
         units = slice(step.first_unit, step.last_unit + 1)
         keys, values = (
-            item.view(-1, UNIT, *item.shape[1:])[units, : step.short_columns].transpose(1, 2)
-            for item in (keys_TKD, values_TKD)
+            item.view(num_kv, -1, UNIT, item.shape[2])[:, units, : step.short_columns].transpose(0, 1)
+            for item in (keys_KTD, values_KTD)
         )
         mask = step.short_mask(sliding_window, query.dtype)
         if step.all_in_order:
@@ -246,7 +247,7 @@ def _attention(
         # A single token sees all columns up to itself: what lies before the window is cut off instead of masked.
         cut = 0 if count > 1 or sliding_window is None else max(0, chunk.past + 1 - sliding_window)
         columns = slice(chunk.first_column + cut, chunk.first_column + chunk.past + count)
-        keys, values = (item[columns].transpose(0, 1)[None] for item in (keys_TKD, values_TKD))
+        keys, values = (item[None, :, columns] for item in (keys_KTD, values_KTD))
         query_KGND = query[0, :, chunk.rows].reshape(1, num_kv, group * count, query.shape[-1])
         if count > 1 and sliding_window not in chunk.masks:
             chunk.masks[sliding_window] = _chunk_mask(chunk.past, count, group, sliding_window, query.dtype)

@@ -396,5 +396,8 @@ def _scores_prompt(sampling: Sampling) -> bool:
 
 
 def _finite(logits_NV: Tensor) -> list[bool]:
-    least_N, most_N = torch.aminmax(logits_NV, dim=-1)  # what is no number is both
+    least_N, most_N = (
+        logits_NV.amin(-1),
+        logits_NV.amax(-1),
+    )  # no number is both; aminmax takes 20 times as long
     return (torch.isfinite(least_N) & torch.isfinite(most_N)).tolist()
