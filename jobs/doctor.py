@@ -28,6 +28,7 @@ from jobs.examining.services import (
     check_endpoint,
     check_sources,
     check_storage,
+    check_teacher,
     check_tracking,
 )
 from jobs.preflight import wanted_gpus
@@ -79,6 +80,7 @@ def _examine_services(where: str, config: RunConfig) -> list[Check]:
         *guarded(where, "MLflow", lambda: check_tracking(where, state, lost)),
         *guarded(where, "champions", lambda: check_database(where, state, lost)),
         *guarded(where, "endpoint keys", lambda: check_endpoint(where, config)),
+        *guarded(where, "endpoint's teacher", lambda: check_teacher(where, config)),
     ]
 
 

@@ -1,5 +1,6 @@
-"""What a run leans on: object storage, the corpus, MLflow, the champions' database, the endpoint's door."""
+"""What a run leans on: object storage, the corpus, MLflow, the champions' database, the endpoint's door and teacher."""
 
+import asyncio
 import os
 import time
 import urllib.error
@@ -69,6 +70,7 @@ def check_tracking(where: str, state_directory: Path, needs_server: bool) -> Ite
     if not uri.startswith(("http://", "https://")):
         status = "failure" if needs_server else "ok"
         fix = "set MLFLOW_TRACKING_URI on every node: this file goes with the job's working directory"
+        LocalStorage(state_directory).check_writable()
         yield Check(where, "MLflow", status, f"a file, {uri}", fix if needs_server else "")  # type: ignore[arg-type]
         return
     from mlflow import MlflowClient
@@ -111,6 +113,7 @@ def check_database(where: str, state_directory: Path, needs_server: bool) -> Ite
         fix = (
             "set RAYSTILL_DATABASE_URL=postgresql://... on every node: this file goes with the job's working directory"
         )
+        LocalStorage(state_directory).check_writable()
         yield Check(where, "champions", status, f"a file, {url}", fix if needs_server else "")  # type: ignore[arg-type]
         return
     open_database(url).dispose()
@@ -127,3 +130,19 @@ def check_endpoint(where: str, config: RunConfig) -> Iterator[Check]:
     else:
         fix = "make one with `raystill keys create CONFIG`, or set serve.host=127.0.0.1"
         yield Check(where, "endpoint keys", "failure", f"serve.host={host} and no keys", fix)
+
+
+def check_teacher(where: str, config: RunConfig) -> Iterator[Check]:
+    """Whether the teacher that the endpoint's page asks beside the versions is up. A run itself does not need it."""
+    if config.serve.teacher_url is None:
+        return
+    from services.endpoint.schema import EndpointArguments, EndpointConfig
+    from services.endpoint.teacher import Teacher
+
+    asked = {name: getattr(config.serve, name) for name in EndpointConfig.model_fields}
+    said = asyncio.run(Teacher(EndpointArguments(**asked, model_name=config.name, database="none:")).row())
+    if said["problem"] is None:
+        yield Check(where, "endpoint's teacher", "ok", f"{config.serve.teacher_url} answers as {said['version']}")
+    else:
+        fix = "start it (`raystill serve --model DIR`), or leave serve.teacher_url out"
+        yield Check(where, "endpoint's teacher", "warning", f"{config.serve.teacher_url}: {said['problem']}", fix)

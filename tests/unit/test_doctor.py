@@ -184,6 +184,36 @@ def test_endpoint_that_anybody_reaches_needs_keys(tmp_path):
     assert statuses(services.check_endpoint("here", open_door)) == {"endpoint keys": "ok"}
 
 
+def test_teacher_of_the_page_that_is_not_up_is_a_warning(tmp_path, server):
+    address, answer = server
+    assert not list(services.check_teacher("here", made(tmp_path)))
+    config = made(tmp_path, serve={"teacher_url": address})
+    answer["texts"]["/v1/models"] = json.dumps({"data": [{"id": "big"}]})
+    [check] = services.check_teacher("here", config)
+    assert check.found == f"{address} answers as big"
+    for change, expected in (
+        ({"status": 401}, "refuses this endpoint's key"),
+        ({"status": 200, "texts": {}}, "no list of models"),
+    ):
+        answer.update(change)
+        [check] = services.check_teacher("here", config)
+        assert check.status == "warning"
+        assert expected in check.found
+    [check] = services.check_teacher("here", made(tmp_path, serve={"teacher_url": f"http://127.0.0.1:{free_port()}"}))
+    assert check.status == "warning"
+    assert "nothing answers" in check.found
+
+
+def test_records_in_files_that_cannot_be_written_are_a_failure(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("RAYSTILL_DATABASE_URL", raising=False)
+    (tmp_path / "file").write_text("no directory")
+    for look in (services.check_tracking, services.check_database):
+        [check] = guarded("here", "records", lambda look=look: look("here", tmp_path / "file" / "below", False))
+        assert check.status == "failure"
+        assert "not writable" in check.found
+
+
 def test_records_in_files_of_a_job_would_be_lost(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("RAYSTILL_DATABASE_URL", raising=False)
