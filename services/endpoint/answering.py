@@ -8,7 +8,7 @@ for a dead connection.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 KEEP_ALIVE_S = 15.0
 """Silence after which a stream sends a comment line."""
+KEEP_ALIVE = ": keep-alive\n\n"
 
 
 async def respond(
@@ -89,9 +90,9 @@ async def _events(
 ) -> AsyncIterator[str]:
     num_sampled = 0
     try:
-        async for piece in _with_silences(running):
+        async for piece in with_silences(running):
             if piece is None:
-                yield ": keep-alive\n\n"
+                yield KEEP_ALIVE
                 continue
             assert isinstance(piece, Piece)
             num_sampled += piece.num_sampled
@@ -105,7 +106,7 @@ async def _events(
         yield f"data: {json.dumps(internal().envelope())}\n\n"
 
 
-async def _with_silences(running: AsyncIterator[T]) -> AsyncIterator[T | None]:
+async def with_silences(running: AsyncIterator[T]) -> AsyncGenerator[T | None]:
     """The items of an iterator, and None for every `KEEP_ALIVE_S` seconds without one."""
 
     async def following() -> T | None:

@@ -21,6 +21,7 @@ from typing import Any
 import aiohttp
 
 from cluster.api_keys import teacher_key
+from services.endpoint.answering import KEEP_ALIVE, with_silences
 from services.endpoint.errors import ApiError, invalid, not_supported, unavailable
 from services.endpoint.limits import BYTES_PER_TOKEN
 from services.endpoint.parsing import parse_request
@@ -120,12 +121,14 @@ class Teacher:
                     return
                 if reply.content_type != "text/event-stream":
                     raise _unavailable("The teacher did not answer with a stream")
-                async for event, content in _events(reply):
-                    if event is not None:
-                        count.add(event)
-                    if event is None or event.get("choices") or wants_usage:
-                        begun = True
-                        yield 200, _EVENTS, content, None
+                async with contextlib.aclosing(with_silences(_events(reply))) as events:
+                    async for item in events:
+                        event, content = item or (None, KEEP_ALIVE.encode())
+                        if event is not None:
+                            count.add(event)
+                        if event is None or event.get("choices") or wants_usage:
+                            begun = True
+                            yield 200, _EVENTS, content, None
                 yield 200, _EVENTS, b"data: [DONE]\n\n", count.figures()
         except (aiohttp.ClientError, TimeoutError) as error:
             if begun:
@@ -252,15 +255,13 @@ def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
-async def _events(reply: aiohttp.ClientResponse) -> AsyncIterator[tuple[dict[str, Any] | None, bytes]]:
-    """The events of a stream up to the last, each as a record and as bytes; None for a comment that breaks a silence.
+async def _events(reply: aiohttp.ClientResponse) -> AsyncIterator[tuple[dict[str, Any], bytes]]:
+    """The events of a stream up to the last, each as a record and as bytes.
 
     Raises:
         ConnectionError: an event says that there was an error, or the stream ends without having come to its end.
     """
     async for line in reply.content:
-        if line.startswith(b":"):
-            yield None, b": keep-alive\n\n"
         if not line.startswith(b"data:"):
             continue
         data = line.removeprefix(b"data:").strip()

@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 from cluster.api_keys import create_key, opened_keys
 from cluster.config import validate
 from cluster.errors import ConfigError
+from services.endpoint import answering
 from services.endpoint import teacher as teachers
 from services.endpoint.api import build_api
 from services.endpoint.fixed import FixedModel
@@ -255,10 +256,28 @@ def test_teacher_whose_stream_breaks_off_ends_with_an_error_event(scripted: tupl
     endpoint.how = events(b": quiet\n\n", FIRST)
     response = front.ask(stream=True)
     said = response.text.split("\n\n")
-    assert (response.status_code, said[0], said[1]) == (200, ": keep-alive", FIRST.decode().strip())
-    assert json.loads(said[2].removeprefix("data: "))["error"]["type"] == "server_error"
+    assert (response.status_code, said[0]) == (200, FIRST.decode().strip())
+    assert json.loads(said[1].removeprefix("data: "))["error"]["type"] == "server_error"
     assert "[DONE]" not in response.text
     assert [seen.ok for seen in front.router.take_observations()] == [False]
+
+
+def test_teacher_whose_stream_is_silent_for_a_while_keeps_the_connection(
+    scripted: tuple[Scripted, Front], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answering, "KEEP_ALIVE_S", 0.05)
+    endpoint, front = scripted
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield FIRST
+        await asyncio.sleep(0.5)
+        yield FIRST + b"data: [DONE]\n\n"
+
+    endpoint.how = lambda: StreamingResponse(slow(), media_type="text/event-stream")
+    said = front.ask(stream=True).text.strip().split("\n\n")
+    assert said.count(": keep-alive") >= 3
+    assert [item for item in said if item != ": keep-alive"] == [*2 * [FIRST.decode().strip()], "data: [DONE]"]
+    assert [seen.ok for seen in front.router.take_observations()] == [True]
 
 
 @pytest.mark.parametrize(
