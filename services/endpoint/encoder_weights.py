@@ -42,11 +42,14 @@ def load_encoder(directory: Path, kind: Kind, scheme: str) -> Outputs:
 
 def _torch_model(directory: Path, kind: Kind) -> Outputs:
     from safetensors import SafetensorError
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTextEncoding
 
     classifies = kind == "classifications"
     loader = AutoModelForSequenceClassification if classifies else AutoModel
     try:
+        named = AutoConfig.from_pretrained(str(directory)).architectures or [""]
+        if not classifies and named[0].endswith("EncoderModel"):
+            loader = AutoModelForTextEncoding  # the half of T5 that reads
         loaded, report = loader.from_pretrained(
             str(directory), dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )

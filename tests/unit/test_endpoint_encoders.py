@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from cluster.errors import ModelError
 from services.endpoint.api import build_api
+from services.endpoint.encoder_weights import load_encoder
 from services.endpoint.encoders import EncoderModel, batches
 from services.endpoint.errors import ApiError
 from services.endpoint.fixed import FixedModel
@@ -80,6 +81,20 @@ def test_embeddings_without_a_config_are_the_mean(tmp_path: Path) -> None:
     model = EncoderModel(tmp_path, "embeddings", 64)
     [found] = model.embed([model.encode("red hats", truncate=False)], never)
     assert np.abs(found - token_vectors(reference, "red hats").mean(0).numpy()).max() < 1e-5
+
+
+@torch.inference_mode()
+def test_half_of_t5_that_reads_is_an_encoder(tmp_path: Path) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    T5EncoderModel(config).save_pretrained(tmp_path)
+    ids_BT = torch.tensor([[5, 6, 7, 0], [8, 9, 10, 11]])
+    mask_BT = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    found = load_encoder(tmp_path, "embeddings", "float")(ids_BT, mask_BT)
+    plain = T5EncoderModel.from_pretrained(tmp_path)
+    assert torch.equal(found, plain(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state)
 
 
 def test_texts_are_prepared_as_the_directory_says(tmp_path: Path) -> None:
