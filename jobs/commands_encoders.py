@@ -21,7 +21,8 @@ def add_encoder_commands(app: typer.Typer, guard: Guard) -> None:
             list[str] | None,
             typer.Option(
                 metavar="SCHEME",
-                help="int8_weight_only, int8_dynamic, onnx_int8 (these by default), onnx_int4; may be given again.",
+                help="int8_weight_only, int8_dynamic, onnx_int8 (these by default), onnx_int4, onnx_float32; may be "
+                "given again.",
             ),
         ] = None,
         text_column: Annotated[str, typer.Option(metavar="NAME", help="Where the rows have their texts.")] = "text",

@@ -99,7 +99,15 @@ def _make(
     report: Callable[[str], None],
 ) -> dict[str, str]:
     """Writes one artefact to a directory; returns the versions that made it."""
-    from jobs.quantization import compressed_tensors, int4_qat, int8_dynamic, int8_weight_only, onnx_int4, onnx_int8
+    from jobs.quantization import (
+        compressed_tensors,
+        int4_qat,
+        int8_dynamic,
+        int8_weight_only,
+        onnx_float32,
+        onnx_int4,
+        onnx_int8,
+    )
 
     if scheme == "int4_qat":
         assert qat is not None, "the stage plans the training that its schemes ask for"
@@ -113,6 +121,7 @@ def _make(
     makers = {
         "int8_weight_only": int8_weight_only.quantize,
         "int8_dynamic": int8_dynamic.quantize,
+        "onnx_float32": onnx_float32.quantize,
         "onnx_int8": onnx_int8.quantize,
         "onnx_int4": onnx_int4.quantize,
     }

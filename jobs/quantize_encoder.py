@@ -193,11 +193,10 @@ def make_artefact(
 
 
 def _maker(scheme: str) -> Any:
-    from jobs.quantization import int8_dynamic, int8_weight_only, onnx_int4, onnx_int8
+    from jobs.quantization import int8_dynamic, int8_weight_only, onnx_float32, onnx_int4, onnx_int8
 
-    modules = {
-        item.__name__.rpartition(".")[2]: item for item in (int8_dynamic, int8_weight_only, onnx_int4, onnx_int8)
-    }
+    makers = (int8_dynamic, int8_weight_only, onnx_float32, onnx_int4, onnx_int8)
+    modules = {item.__name__.rpartition(".")[2]: item for item in makers}
     return modules[scheme].quantize
 
 

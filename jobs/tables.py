@@ -17,6 +17,7 @@ _TITLES = {
     "student": "student",
     "student_int8_weight_only": "student int8 (torchao)",
     "student_int8_dynamic": "student int8 dynamic (torchao)",
+    "student_onnx_float32": "student float (ONNX)",
     "student_onnx_int8": "student int8 (ONNX)",
     "student_onnx_int4": "student int4 (ONNX)",
     "student_int4_qat": "student int4 QAT (ONNX)",

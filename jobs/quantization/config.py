@@ -7,10 +7,16 @@ from pydantic import Field
 from cluster.config import Config, execution
 
 QuantizationScheme = Literal[
-    "int8_weight_only", "int8_dynamic", "int4_qat", "onnx_int8", "onnx_int4", "compressed_tensors_w4a16"
+    "int8_weight_only",
+    "int8_dynamic",
+    "int4_qat",
+    "onnx_float32",
+    "onnx_int8",
+    "onnx_int4",
+    "compressed_tensors_w4a16",
 ]
 
-ON_ONNXRUNTIME = ("onnx_int8", "onnx_int4", "int4_qat")
+ON_ONNXRUNTIME = ("onnx_float32", "onnx_int8", "onnx_int4", "int4_qat")
 """Schemes whose artefact is an ONNX graph."""
 
 
@@ -29,7 +35,8 @@ class QatConfig(Config):
 class QuantizeConfig(Config):
     schemes: list[QuantizationScheme] = Field(["int8_weight_only", "onnx_int8"], min_length=1)
     """Each makes an artefact, which is reloaded and measured. `int8_weight_only`, `int8_dynamic`: torchao, safetensors.
-    `onnx_int8`, `onnx_int4`: a graph for onnxruntime. `int4_qat`: the latter, trained for its 4 bits first.
+    `onnx_int8`, `onnx_int4`: a graph for onnxruntime; `onnx_float32`: one whose weights are not rounded. `int4_qat`:
+    `onnx_int4`, trained for its 4 bits first.
     `compressed_tensors_w4a16`: GPTQ by llm-compressor, for vLLM."""
     qat: QatConfig = QatConfig()
     calibration_rows: int = Field(128, ge=1)

@@ -98,7 +98,7 @@ def quantize(
     rounded = {name: _as_blocks(model.get_submodule(name)) for name in names}
     decoder = decoder_of(model.eval())
     use_blocks(model, 4, rounded)
-    versions = export(decoder, directory, parameters)
+    versions = export(decoder, parameters, directory)
     facts = {"steps": len(losses), "steps_asked": plan.config.steps, "first_loss": losses[0], "last_loss": losses[-1]}
     (directory / TRAINING).write_text(json.dumps(facts))
     return {"torchao": torchao.__version__, **versions}

@@ -42,24 +42,31 @@ def export_blocks(student: str, directory: Path, body_bits: int) -> dict[str, st
     Raises:
         QuantizationFailed: a family whose cache is not what it seems.
     """
+    module, parameters = exportable(student)
+    use_blocks(module.model, body_bits)
+    return export(module, parameters, directory)
+
+
+def exportable(student: str) -> tuple[Exportable, int]:
+    """A student in float32 as what can be exported, and the number of its parameters.
+
+    Raises:
+        QuantizationFailed: a family whose cache is not what it seems.
+    """
     from jobs.quantization.loading import model_class, read_config
     from jobs.quantization.onnx_decoder import decoder_of
     from jobs.quantization.onnx_encoder import Encoder
     from jobs.quantization.pairings import model_kind
 
-    module: Any
     if model_kind(read_config(student)) == "encoder":
         model = model_class(student).from_pretrained(student, dtype=torch.float32, use_safetensors=True).eval()
         model.config.architectures = [type(model).__name__]
-        parameters, module = model.num_parameters(), Encoder(model)
-    else:
-        model = load_causal_lm(student)
-        parameters, module = model.num_parameters(), decoder_of(model)
-    use_blocks(model, body_bits)
-    return export(module, directory, parameters)
+        return Encoder(model), model.num_parameters()
+    model = load_causal_lm(student)
+    return decoder_of(model), model.num_parameters()
 
 
-def export(module: Any, directory: Path, parameters: int) -> dict[str, str]:
+def export(module: Any, parameters: int, directory: Path) -> dict[str, str]:
     """Writes `model.onnx`, and `model.onnx.data` where the weights are many, with the model's config to a directory;
     returns the versions that made it.
 

@@ -45,6 +45,7 @@ PAIRINGS: dict[QuantizationScheme, Pairing] = {
     "int8_weight_only": Pairing(("decoder", "encoder"), {"conv1d_decoder": _NO_LINEAR}),
     "int8_dynamic": Pairing(("decoder", "encoder"), {"conv1d_decoder": _NO_LINEAR}),
     "int4_qat": Pairing(("decoder",), {"conv1d_decoder": _NO_LINEAR, "encoder": _NO_NEXT_TOKEN}),
+    "onnx_float32": Pairing(("decoder", "conv1d_decoder", "encoder"), {}),
     "onnx_int8": Pairing(("decoder", "conv1d_decoder", "encoder"), {}),
     "onnx_int4": Pairing(("decoder", "conv1d_decoder", "encoder"), {}),
     "compressed_tensors_w4a16": Pairing(("decoder",), {"conv1d_decoder": _NO_LINEAR, "encoder": _NO_ENCODER}),

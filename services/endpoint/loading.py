@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cluster.model_directory import model_kind
+from cluster.resources import threads_each
 from services.endpoint.encoders import EncoderModel
 from services.endpoint.model import Capacity, ServedModel
 from services.endpoint.schema import EndpointConfig
@@ -21,5 +22,8 @@ def load_model(directory: Path, config: EndpointConfig) -> AnyModel:
         capacity = Capacity(
             config.max_running, config.max_waiting, config.max_cached_tokens, config.max_admitted_tokens
         )
-        return ServedModel(directory, config.max_context_tokens, config.max_new_tokens, capacity, config.dtype)
+        lengths = (config.max_context_tokens, config.max_new_tokens)
+        # onnxruntime hands work out in small pieces: it gains by a core of which Serve takes a part, where torch waits.
+        threads = config.threads_per_replica or threads_each(config.replicas)
+        return ServedModel(directory, *lengths, capacity, config.dtype, graph_threads=threads)
     return EncoderModel(directory, kind, config.max_context_tokens, config.max_running + config.max_waiting)

@@ -38,12 +38,14 @@ class ServedModel:
         max_new_tokens: int,
         capacity: Capacity | None = None,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        graph_threads: int | None = None,
     ) -> None:
         """Loads a directory whose files were verified, and reads one token to see that it works.
 
         Args:
             dtype: of the weights and the arithmetic of a torch model; `auto` is that of the files where the processor
                 multiplies it, and float32 elsewhere. ONNX graphs have their own.
+            graph_threads: of an ONNX graph; by default torch's number.
 
         Raises:
             ModelError: the directory cannot be served; the message says why.
@@ -58,7 +60,7 @@ class ServedModel:
         capacity = capacity or Capacity()
         # A choice that fills the context must find room at least when it is alone.
         max_cached_tokens = max(capacity.max_cached_tokens, self.max_context_tokens)
-        engine = load_engine(directory, self.scheme, dtype, max_cached_tokens)
+        engine = load_engine(directory, self.scheme, dtype, max_cached_tokens, graph_threads)
         _check_outputs(engine, self.vocabulary.size)
         eos_ids = _eos_ids(directory, config, self.tokenizer)
         self._scheduler = Scheduler(engine, self.vocabulary, eos_ids, capacity)

@@ -1,10 +1,12 @@
 """The endpoint over HTTP against `transformers serve`: `python -m tests.benchmarks.endpoint`.
 
-Ours is a replica on Ray Serve behind its proxy. transformers serves the same directory as it comes and with
-`--continuous-batching`; with `--llama-cpp DIRECTORY`, llama.cpp's `llama-server` serves the same weights as GGUF. All
-servers are up at the same time and one is asked at a time, in turns, by one client: 1 stream, then 16 at once, each of
-64 tokens (`--quick`: 32) behind a prompt of about 32, greedily. The whole of a stream counts, its first token included.
-`--ours '{"replicas": 2}'` gives ours other fields of `serve` than the defaults.
+Ours is a replica on Ray Serve behind its proxy; what it decodes in float32 is the model's ONNX graph (the scheme
+`onnx_float32`, nothing rounded), or with `--torch`, and in bfloat16, the directory as it comes. transformers serves
+that directory too, as it comes and with `--continuous-batching`; with `--llama-cpp DIRECTORY`, llama.cpp's
+`llama-server` serves the same weights as GGUF. All servers are up at the same time and one is asked at a time, in
+turns, by one client: 1 stream, then 16 at once, each of 64 tokens (`--quick`: 32) behind a prompt of about 32,
+greedily. The whole of a stream counts, its first token included. `--ours '{"replicas": 2}'` gives ours other fields of
+`serve` than the defaults.
 The others are stopped meanwhile, since some of them compute when nobody asks; but for ours, whose Ray would miss it.
 """
 
@@ -186,7 +188,8 @@ def serve(directory: Path, work: Path, port: int, fields: dict[str, Any]) -> Non
     from tests.endpoint_models import crown_version
 
     storage, database = open_storage(str(work / "storage")), f"sqlite:///{work}/champions.db"
-    manifest = publish_directory(directory, storage, "versions/1", scheme="float")
+    scheme = "onnx_float32" if (directory / "model.onnx").is_file() else "float"
+    manifest = publish_directory(directory, storage, "versions/1", scheme=scheme)
     crown_version(database, MODEL, "1", f"{storage.uri}/versions/1", manifest_sha256(manifest))
     with connect(ClusterConfig(num_cpus=4, object_store_mb=80)):
         start_endpoint(EndpointConfig(port=port, **fields), MODEL, database, timeout_s=150, blocking=True)
@@ -195,13 +198,24 @@ def serve(directory: Path, work: Path, port: int, fields: dict[str, Any]) -> Non
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
+def graph_of(directory: Path, into: Path) -> Path:
+    """The directory as the version that is made of it for onnxruntime."""
+    from transformers import AutoTokenizer
+
+    from jobs.quantization import onnx_float32
+
+    onnx_float32.quantize(str(directory), into)
+    AutoTokenizer.from_pretrained(directory).save_pretrained(into)
+    return into
+
+
 def compare(
-    directory: Path, names: list[str], repeats: int, new_tokens: int, llama_cpp: str | None, ours: str
+    directories: dict[str, Path], repeats: int, new_tokens: int, llama_cpp: str | None, ours: str
 ) -> list[Server]:
     """All servers, measured in turns, the order turned round every time."""
     with contextlib.ExitStack() as stack:
         servers = []
-        for name in names:
+        for name, directory in directories.items():
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raystill-bench-")))
             servers.append(stack.enter_context(running(name, directory, llama_cpp, work, ours)))
             servers[-1].new_tokens = new_tokens
@@ -220,6 +234,7 @@ def main() -> None:
     def own(parser: Any) -> None:
         parser.add_argument("--llama-cpp", help="directory with llama.cpp's programs")
         parser.add_argument("--ours", default="{}", metavar="JSON", help="fields of `serve` for our endpoint")
+        parser.add_argument("--torch", action="store_true", help="ours decodes with torch in float32 too")
         parser.add_argument("--serve", help="DIRECTORY:WORK:PORT, for the process that serves ours")
 
     options = arguments(__doc__ or "", own)
@@ -233,9 +248,11 @@ def main() -> None:
     rows, result = [], {}
     for title, save in models:
         for dtype in (torch.float32,) if options.quick else (torch.float32, torch.bfloat16):
-            with tempfile.TemporaryDirectory(prefix="raystill-bench-") as name:
-                asked = (options.repeats or 5, new_tokens, options.llama_cpp, options.ours)
-                servers = compare(save(Path(name), dtype), names, *asked)
+            with tempfile.TemporaryDirectory(prefix="raystill-bench-") as place:
+                directories = dict.fromkeys(names, save(Path(place) / "model", dtype))
+                if dtype == torch.float32 and not options.torch:
+                    directories[OURS] = graph_of(directories[OURS], Path(place) / "graph")
+                servers = compare(directories, options.repeats or 5, new_tokens, options.llama_cpp, options.ours)
             label = f"{title}, {str(dtype).removeprefix('torch.')}"
             for server in servers:
                 firsts = [f"{statistics.median(server.first_s[count]) * 1000:,.0f}" for count in STREAMS]

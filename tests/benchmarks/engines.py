@@ -175,25 +175,12 @@ def _llama_cpp(options: dict[str, Any], prompts: list[list[int]], dtype: torch.d
     return measure
 
 
-def _save_onnx(directory: Path) -> bool:
-    """Exports the float model with a cache, where this version of raystill has an exporter of such graphs."""
-    try:
-        from jobs.quantization.onnx_decoder import decoder_of
-        from jobs.quantization.onnx_export import export
-    except ImportError:
-        return False
-    from cluster.language_model import load_causal_lm
-
-    model = load_causal_lm(str(directory))
-    export(decoder_of(model), directory / "onnx", model.num_parameters())
-    return True
-
-
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     from cluster.language_model import cpu_has_bfloat16
+    from jobs.quantization import onnx_float32
 
     options = arguments(
         __doc__ or "", lambda parser: parser.add_argument("--llama-cpp", help="directory with llama.cpp's programs")
@@ -204,7 +191,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="raystill-bench-") as name:
             directory = save(Path(name))
             left_out = {"llama.cpp"} if options.llama_cpp is None else set()
-            left_out |= set() if _save_onnx(directory) else {"ONNX Runtime"}
+            onnx_float32.quantize(str(directory), directory / "onnx")
             for dtype in ("float32", *(["bfloat16"] if cpu_has_bfloat16() else [])):
                 only_float = {"ONNX Runtime"} if dtype != "float32" else set()
                 peers = [f"{peer} {dtype}" for peer in PEERS if peer not in left_out | only_float]

@@ -24,7 +24,7 @@ from cluster.storage import open_storage
 from jobs.config import DataConfig
 
 STORE = "store/x"
-SCHEMES = "int8_weight_only,int8_dynamic,onnx_int8,onnx_int4"
+SCHEMES = "int8_weight_only,int8_dynamic,onnx_float32,onnx_int8,onnx_int4"
 NEW_TOKENS = 16
 
 
@@ -39,9 +39,10 @@ class NoBar:
 
 
 def make(scheme: str, model: str, directory: Path) -> None:
-    from jobs.quantization import int8_dynamic, int8_weight_only, onnx_int4, onnx_int8
+    from jobs.quantization import int8_dynamic, int8_weight_only, onnx_float32, onnx_int4, onnx_int8
 
-    makers = {item.__name__.rpartition(".")[2]: item for item in (int8_dynamic, int8_weight_only, onnx_int4, onnx_int8)}
+    modules = (int8_dynamic, int8_weight_only, onnx_float32, onnx_int4, onnx_int8)
+    makers = {item.__name__.rpartition(".")[2]: item for item in modules}
     makers[scheme].quantize(model, directory)
 
 

@@ -22,7 +22,7 @@ class Graph:
     def __init__(self, directory, family, **changes):
         self.model = tiny.model(family, **changes)
         self.exact = tiny.model(family, **changes)
-        export(decoder_of(self.model), directory, 0)
+        export(decoder_of(self.model), 0, directory)
         self.size = (directory / "model.onnx").stat().st_size
         self.session = onnxruntime.InferenceSession(directory / "model.onnx", providers=["CPUExecutionProvider"])
         self.inputs = {item.name: item.shape for item in self.session.get_inputs()}

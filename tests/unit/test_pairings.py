@@ -51,7 +51,7 @@ def test_every_scheme_says_what_it_goes_with_and_why_not_otherwise():
         assert not {*pairing.kinds} & {*pairing.else_}
 
 
-@pytest.mark.parametrize("scheme", ["int8_weight_only", "int8_dynamic", "onnx_int8", "onnx_int4"])
+@pytest.mark.parametrize("scheme", ["int8_weight_only", "int8_dynamic", "onnx_float32", "onnx_int8", "onnx_int4"])
 @pytest.mark.parametrize("model", [LLAMA, BERT, None])
 def test_pairings_that_work_pass(scheme, model):
     check_pairings(config(scheme), model)

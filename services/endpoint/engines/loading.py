@@ -23,18 +23,21 @@ _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 """Of `ragged.prove`; what is wrong is off by more than a standard deviation."""
 
 
-def load_engine(directory: Path, scheme: str, dtype: str, max_cached_tokens: int) -> Engine:
+def load_engine(
+    directory: Path, scheme: str, dtype: str, max_cached_tokens: int, graph_threads: int | None = None
+) -> Engine:
     """Loads the weights of a verified directory.
 
     Args:
         dtype: `auto`, `float32` or `bfloat16`.
         max_cached_tokens: bound of the memory of keys and values.
+        graph_threads: of an ONNX graph; by default torch's number.
 
     Raises:
         ModelError: the directory cannot be served; the message says why.
     """
     if scheme.startswith("onnx") or (directory / "model.onnx").is_file():
-        session = open_session(directory / "model.onnx")
+        session = open_session(directory / "model.onnx", graph_threads)
         kind = CachedEngine if has_cache(session) else WholeTextEngine
         return kind(session, max_cached_tokens)
     if scheme not in _TORCH_SCHEMES:

@@ -24,8 +24,8 @@ _WASTE = 2.0
 """Sequences share a run while its columns, padding included, are at most so many times their tokens."""
 
 
-def open_session(path: Path) -> Any:
-    """A session on the CPU with torch's number of threads.
+def open_session(path: Path, threads: int | None = None) -> Any:
+    """A session on the CPU, by default with torch's number of threads.
 
     Raises:
         ModelError: the file cannot be loaded.
@@ -33,7 +33,7 @@ def open_session(path: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
