@@ -11,12 +11,13 @@ import torch
 from onnx import TensorProto, helper
 
 from cluster.errors import ModelError
-from jobs.quantization import onnx_int8
+from jobs.quantization import onnx_float32, onnx_int8
+from services.endpoint import loading
 from services.endpoint.decoding import Piece, joined
 from services.endpoint.engines.base import Place, Read
 from services.endpoint.engines.onnx import CachedEngine, open_session
 from services.endpoint.model import ServedModel
-from services.endpoint.schema import Sampling
+from services.endpoint.schema import EndpointConfig, Sampling
 from tests.endpoint_models import answer, answers, byte_level_tokenizer, save_version
 
 VOCABULARY = 11
@@ -156,12 +157,12 @@ def test_graph_without_a_matching_output_is_refused(tmp_path: Path, table: np.nd
         CachedEngine(open_session(tmp_path / "model.onnx"), 200)
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[onnx_float32, onnx_int8], ids=["float32", "int8"])
+def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A version with an exported graph."""
-    source, made = tmp_path_factory.mktemp("float"), tmp_path_factory.mktemp("int8")
+    source, made = tmp_path_factory.mktemp("float"), tmp_path_factory.mktemp("graph")
     save_version(source, seed=3)
-    onnx_int8.quantize(str(source), made)
+    request.param.quantize(str(source), made)
     byte_level_tokenizer().save_pretrained(made)
     return made
 
@@ -186,6 +187,17 @@ def test_exported_student_answers_among_others_what_it_answers_alone(student: Pa
             assert abs((one.logprob or 0) - (other.logprob or 0)) < 1e-4
         ids = [token.token_id for token in mine.tokens]
         assert ids[-1] == read_at_once(prompt + ids[:-1])
+
+
+def test_graph_computes_with_all_cores_unless_the_config_says(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "threads_each", lambda replicas: 6 // replicas)
+    torch.set_num_threads(1)
+    for fields, threads in (({}, 6), ({"replicas": 2}, 3), ({"threads_per_replica": 2}, 2)):
+        model = loading.load_model(student, EndpointConfig.model_validate(fields))
+        assert isinstance(model, ServedModel)
+        engine = model._scheduler._engine
+        assert isinstance(engine, CachedEngine)
+        assert engine._session.get_session_options().intra_op_num_threads == threads
 
 
 def test_exported_student_reads_prompts_of_one_token_beside_answers(student: Path) -> None:
