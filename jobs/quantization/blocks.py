@@ -111,6 +111,9 @@ class BlockWeights(nn.Module):
 class BlockLinear(nn.Module):
     """A linear layer that becomes MatMulNBits. It can be exported, not run."""
 
+    weight = None
+    """T5's layers ask whether it is a tensor."""
+
     def __init__(self, weights: BlockWeights, bias_N: Tensor | None) -> None:
         super().__init__()
         self.weights, self.bias_N = weights, None if bias_N is None else nn.Buffer(bias_N.detach())

@@ -23,8 +23,10 @@ def read_config(model: str) -> Any:
     except (OSError, ValueError) as error:
         raise ModelError(f"model {model}: its config cannot be read ({str(error).strip().splitlines()[0]})") from error
     named = str(next(iter(config.architectures or []), ""))
-    has_head = named.endswith("ForMaskedLM") or (Path(located) / "modules.json").is_file()
-    if has_head and Path(located).is_dir() and use_of(Path(located)) == "embeddings":
+    has_modules = (Path(located) / "modules.json").is_file()
+    # AutoModel would add the other half to the one that T5's EncoderModel is.
+    other = named.endswith("ForMaskedLM") or (has_modules and not named.endswith("EncoderModel"))
+    if other and Path(located).is_dir() and use_of(Path(located)) == "embeddings":
         config.architectures = [_HEADLESS]
     return config
 

@@ -77,6 +77,25 @@ def test_encoder_quantised_by_every_scheme_stays_near_float(tmp_path, family, ki
         assert 0 < error < 0.1 * np.abs(exact).max(), scheme
 
 
+def test_half_of_t5_that_reads_is_quantised_and_served(tmp_path):
+    size = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2, "num_heads": 2}
+    torch.manual_seed(1)
+    model = transformers.T5EncoderModel(transformers.T5Config(vocab_size=tiny.VOCABULARY, **size))
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer(tmp_path / "model")
+    written = tmp_path / "model" / "config.json"  # as sentence-transformers publishes such models
+    written.write_text(json.dumps({**json.loads(written.read_text()), "is_encoder_decoder": True}))
+    modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    (tmp_path / "model" / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "model" / "1_Pooling").mkdir()
+    (tmp_path / "model" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    made = job.make_artefact(tmp_path / "model", tmp_path / "made", "onnx_int8", ROWS, 1)
+    exact = EncoderScorer(tmp_path / "model", "float", 1).outputs(ROWS)
+    for row, ids in enumerate(ROWS):
+        assert (made - exact)[row, : len(ids)].abs().max() < 0.05 * exact.abs().max()
+    assert EncoderModel(tmp_path / "made", "embeddings", 64).dimensions == 64
+
+
 def test_encoder_command_measures_each_scheme_in_a_fresh_process(tmp_path, forked_raystill):
     student = save_encoder(tmp_path / "m")
     texts = tiny.sentences(40)
