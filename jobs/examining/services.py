@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from sqlalchemy import make_url
+
 from cluster.api_keys import has_keys, is_loopback
 from cluster.champions import database_url, open_database
+from cluster.errors import StorageError
 from cluster.storage import LocalStorage, open_storage
 from cluster.tracking import refused_write, tracking_uri
 from jobs.config import RunConfig
@@ -70,7 +73,8 @@ def check_tracking(where: str, state_directory: Path, needs_server: bool) -> Ite
     if not uri.startswith(("http://", "https://")):
         status = "failure" if needs_server else "ok"
         fix = "set MLFLOW_TRACKING_URI on every node: this file goes with the job's working directory"
-        LocalStorage(state_directory).check_writable()
+        if not needs_server:
+            _check_file(uri, "MLFLOW_TRACKING_URI")
         yield Check(where, "MLflow", status, f"a file, {uri}", fix if needs_server else "")  # type: ignore[arg-type]
         return
     from mlflow import MlflowClient
@@ -113,11 +117,24 @@ def check_database(where: str, state_directory: Path, needs_server: bool) -> Ite
         fix = (
             "set RAYSTILL_DATABASE_URL=postgresql://... on every node: this file goes with the job's working directory"
         )
-        LocalStorage(state_directory).check_writable()
+        if not needs_server:
+            _check_file(url, "RAYSTILL_DATABASE_URL")
         yield Check(where, "champions", status, f"a file, {url}", fix if needs_server else "")  # type: ignore[arg-type]
         return
     open_database(url).dispose()
     yield Check(where, "champions", "ok", f"{url.partition(':')[0]} answers")
+
+
+def _check_file(url: str, variable: str) -> None:
+    """Raises `StorageError` if records cannot be written to the SQLite file of a URL, which `variable` may have set."""
+    if not url.startswith("sqlite:///"):
+        return
+    try:
+        LocalStorage(Path(make_url(url).database or "").parent).check_writable()
+    except StorageError as error:
+        raise StorageError(
+            f"{url}: not writable ({error.__cause__}); choose another root with storage=..., or set {variable}"
+        ) from error
 
 
 def check_endpoint(where: str, config: RunConfig) -> Iterator[Check]:

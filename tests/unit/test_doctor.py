@@ -214,6 +214,21 @@ def test_records_in_files_that_cannot_be_written_are_a_failure(tmp_path, monkeyp
         assert "not writable" in check.found
 
 
+def test_records_in_files_are_looked_for_where_the_variables_say(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no directory")
+    looks = (("MLFLOW_TRACKING_URI", services.check_tracking), ("RAYSTILL_DATABASE_URL", services.check_database))
+    for name, look in looks:
+        monkeypatch.setenv(name, f"sqlite:///{tmp_path}/there/records.db")
+        assert [check.status for check in look("here", tmp_path / "file" / "below", False)] == ["ok"]
+        monkeypatch.setenv(name, f"sqlite:///{tmp_path}/file/below/records.db")
+        [check] = guarded("here", "records", lambda look=look: look("here", tmp_path, False))
+        assert check.status == "failure"
+        assert name in check.found
+        [check] = look("here", tmp_path, True)
+        assert name in check.fix
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_records_in_files_of_a_job_would_be_lost(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("RAYSTILL_DATABASE_URL", raising=False)
