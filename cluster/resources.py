@@ -86,8 +86,8 @@ def threads_each(processes: int) -> int:
 
 
 def threads_beside_serve(replicas: int) -> int:
-    """Threads for each of so many replicas that decode. A core is left to Serve's proxy and the router, through which
-    every event of a stream goes; on two cores one thread answered 1 stream and 16 faster than two did."""
+    """Threads for each of so many replicas in which torch decodes. A core is left to Serve's proxy and the router,
+    through which every event of a stream goes; on two cores one thread answered 1 stream and 16 faster than two did."""
     return max(1, (physical_cores() - 1) // max(1, replicas))
 
 

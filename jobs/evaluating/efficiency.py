@@ -134,7 +134,7 @@ def measure_here(asked: dict[str, Any]) -> Efficiency:
     if asked["scheme"] == "float":
         figures["flops_per_token"] = count_flops(scorer, rows[0])
     else:
-        absent["flops_per_token"] = "products of integers are no floating-point operations"
+        absent["flops_per_token"] = "counted of float models in torch alone"
     return Efficiency(figures, absent, machine(asked["threads"], on_gpu))
 
 

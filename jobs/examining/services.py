@@ -161,5 +161,6 @@ def check_teacher(where: str, config: RunConfig) -> Iterator[Check]:
     if said["problem"] is None:
         yield Check(where, "endpoint's teacher", "ok", f"{config.serve.teacher_url} answers as {said['version']}")
     else:
-        fix = "start it (`raystill serve --model DIR`), or leave serve.teacher_url out"
+        fix = "start it (`raystill serve --model DIR`), correct serve.teacher_url, serve.teacher_name or "
+        fix += "RAYSTILL_TEACHER_KEY, or leave serve.teacher_url out"
         yield Check(where, "endpoint's teacher", "warning", f"{config.serve.teacher_url}: {said['problem']}", fix)
