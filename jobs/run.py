@@ -68,14 +68,14 @@ def run(
     answers = any(stage.name == "serve" for stage in pending)
     if answers:
         check_address(config.serve.host, database_url(config.state_directory))
-    if answers and not config.cluster.resolved_address():  # a cluster may have a Serve there, for us to use
-        check_port_free(config.serve.host, config.serve.port)
     if any(stage.name in ("register", "promote") for stage in pending):
         check_records(config)
     if any(stage.name in ("teacher", "train") for stage in pending):
         check_shapes(config)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(only_one(config))
+        stack.enter_context(only_one(config))  # before the port, at which this run given twice may answer
+        if answers and not config.cluster.resolved_address():  # a cluster may have a Serve there, for us to use
+            check_port_free(config.serve.host, config.serve.port)
         stack.enter_context(progress)
         storage.sweep()
         for stage in pending:
