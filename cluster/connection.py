@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import Config, execution
-from cluster.errors import ClusterUnreachable
+from cluster.errors import ClusterUnreachable, PromotionRefused
 from cluster.interrupts import daemons_in_own_groups, raise_on_signals
 from cluster.pools import PoolsConfig
 from cluster.resources import logical_cpus, process_environment
@@ -155,7 +155,7 @@ def connect(config: ClusterConfig) -> Iterator[Connection]:
         raise_on_signals()
         yield Connection(True, num_cpus, f"{directory}/session_latest/logs")
         done = True
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, PromotionRefused):
         done = True  # nothing in the logs that somebody would look for
         raise
     finally:

@@ -151,10 +151,11 @@ def size(num_bytes: float) -> str:
 def versions_table(found: dict[str, Any]) -> Table:
     """The versions of a registered model, the first first."""
     table = Table(title=escape(f"{found['model_name']}: versions"), title_justify="left")
-    for column in ("version", "bits per byte", "on disk"):
-        table.add_column(column, justify="right")
-    for column in ("scheme", "run", "aliases", "registered", "verdict"):
-        table.add_column(column, no_wrap=column == "aliases")
+    for column in ("no.", "bits/\nbyte", "on disk"):
+        table.add_column(column, justify="right", no_wrap=True)
+    least = {"scheme": 9, "run": 3, "aliases": 8, "registered": 10, "verdict": 7}  # whole words in 80 columns
+    for column, width in least.items():
+        table.add_column(column, no_wrap=column == "aliases", overflow="fold", min_width=width)
     for row in found["versions"]:
         table.add_row(
             row["version"],

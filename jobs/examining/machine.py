@@ -105,7 +105,8 @@ def check_room(where: str, object_store_bytes: float = 0) -> Iterator[Check]:
         yield Check(where, "shared memory", "warning", "no /dev/shm", "Ray keeps its objects in files, which is slow")
         return
     total = shutil.disk_usage(shared).total
-    found = f"{total / 1e9:,.1f} GB in /dev/shm, the object store wants {object_store_bytes / 1e9:,.1f} GB"
+    found = f"{total / 1e9:,.1f} GB in /dev/shm"
+    found += f", the object store wants {object_store_bytes / 1e9:,.1f} GB" if object_store_bytes else ""
     if total < object_store_bytes:
         fix = "start the container with a larger --shm-size (Kubernetes: an emptyDir of medium Memory at /dev/shm)"
         yield Check(where, "shared memory", "failure", found, fix)
