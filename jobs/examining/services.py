@@ -1,6 +1,5 @@
 """What a run leans on: object storage, the corpus, MLflow, the champions' database, the endpoint's door and teacher."""
 
-import asyncio
 import os
 import time
 import urllib.error
@@ -20,6 +19,7 @@ from cluster.tracking import refused_write, tracking_uri
 from jobs.config import RunConfig
 from jobs.corpus import find_sources
 from jobs.examining.check import Check
+from services.endpoint.client import look_at_teacher
 
 _TIMEOUT_S = 10.0
 
@@ -153,11 +153,7 @@ def check_teacher(where: str, config: RunConfig) -> Iterator[Check]:
     """Whether the teacher that the endpoint's page asks beside the versions is up. A run itself does not need it."""
     if config.serve.teacher_url is None:
         return
-    from services.endpoint.schema import EndpointArguments, EndpointConfig
-    from services.endpoint.teacher import Teacher
-
-    asked = {name: getattr(config.serve, name) for name in EndpointConfig.model_fields}
-    said = asyncio.run(Teacher(EndpointArguments(**asked, model_name=config.name, database="none:")).row())
+    said = look_at_teacher(config.serve, config.model_name)
     if said["problem"] is None:
         yield Check(where, "endpoint's teacher", "ok", f"{config.serve.teacher_url} answers as {said['version']}")
     else:

@@ -1,5 +1,6 @@
 """Starting, watching, asking and stopping the endpoint. Imports neither torch nor, until something is started, ray."""
 
+import asyncio
 import json
 import logging
 import socket
@@ -12,7 +13,7 @@ from typing import Any
 from cluster.connection import while_ray_lives
 from cluster.errors import PortInUse
 from services.endpoint.errors import EndpointUnavailable
-from services.endpoint.schema import DirectoryArguments, EndpointConfig
+from services.endpoint.schema import DirectoryArguments, EndpointArguments, EndpointConfig
 
 APP_NAME = "endpoint"
 
@@ -122,6 +123,15 @@ def ask_traffic(url: str, api_key: str | None = None) -> dict[str, Any]:
             return json.load(reply)
     except (OSError, ValueError) as error:
         raise EndpointUnavailable(f"endpoint {url}: it does not say its traffic ({error})") from error
+
+
+def look_at_teacher(config: EndpointConfig, model_name: str) -> dict[str, Any]:
+    """What an endpoint with this config would say of its teacher (`teacher_url`): `version`, the teacher's name there,
+    and `problem`, why it is not up or None."""
+    from services.endpoint.teacher import Teacher
+
+    asked = {name: getattr(config, name) for name in EndpointConfig.model_fields}
+    return asyncio.run(Teacher(EndpointArguments(**asked, model_name=model_name, database="none:")).row())
 
 
 def base_url(config: EndpointConfig) -> str:
