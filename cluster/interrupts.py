@@ -30,7 +30,7 @@ def exit_code() -> int:
 
 @contextlib.contextmanager
 def daemons_in_own_groups() -> Iterator[None]:
-    """What Ray starts in this block is spared a signal to our process group, and ends when we have said goodbye to it.
+    """What Ray starts in this block is spared a signal to our process group; it ends with this process all the same.
 
     A terminal, `timeout` and a supervisor signal the whole group. Were Ray's daemons to die of it, Ray's native code
     would end this process too, at any moment and with a code of its own. On Linux only: elsewhere Ray finds what a

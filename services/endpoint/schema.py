@@ -28,6 +28,7 @@ class EndpointConfig(Config):
     routers: int = execution(1, ge=1)
     """Processes that take requests and pass them to the versions."""
     threads_per_replica: int | None = execution(None, ge=1)
+    """Default: torch computes with the replica's share of all cores but one, a language model's ONNX graph of all."""
     poll_s: float = execution(2.0, gt=0)
     """How often the endpoint looks whether there is a new champion, and its routers tell what they saw."""
     max_context_tokens: int = Field(2048, ge=8)
