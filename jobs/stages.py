@@ -30,6 +30,7 @@ from jobs.prepare import corpus_fingerprint, identity, is_small, prepare, train_
 from jobs.preparing.encoding import encoding_fingerprint
 from jobs.progress import Bar
 from jobs.promote import promote
+from jobs.quantization.config import GRAPH_FORM, ON_ONNXRUNTIME
 from jobs.quantize import check_reload
 from jobs.register import register
 from jobs.serve import ask_once
@@ -287,7 +288,8 @@ def _quantize_key(run: Run) -> str:
     config = run.config
     learns = [config.distill.identity(), config.train.seed, run.keys["teacher"]]
     of_qat = learns if "int4_qat" in config.quantize.schemes else []
-    return stage_key(config.quantize.identity(), *evaluation_identity(run), run.keys["train"], *of_qat)
+    of_graphs = [GRAPH_FORM] if set(ON_ONNXRUNTIME) & set(config.quantize.schemes) else []
+    return stage_key(config.quantize.identity(), *evaluation_identity(run), run.keys["train"], *of_qat, *of_graphs)
 
 
 def _quantize(run: Run, bar: Bar) -> Output:

@@ -18,6 +18,8 @@ QuantizationScheme = Literal[
 
 ON_ONNXRUNTIME = ("onnx_float32", "onnx_int8", "onnx_int4", "int4_qat")
 """Schemes whose artefact is an ONNX graph."""
+GRAPH_FORM = 2
+"""Of the graphs, counted up when what goes in and out changes: what was made in an earlier form is made anew."""
 
 
 class QatConfig(Config):

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +19,14 @@ _LARGEST_FILE = 1 << 30
 
 @dataclass(frozen=True)
 class Signature:
-    """What goes into a graph and comes out: example tensors, their free axes as torch.export wants them, names."""
+    """What goes into a graph and comes out: example tensors, their free axes as torch.export wants them, names, and
+    what stands for the inputs that need not be given."""
 
     arguments: tuple[Any, ...]
     dynamic_shapes: tuple[Any, ...]
     inputs: list[str]
     outputs: list[str]
+    defaults: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Exportable(Protocol):
@@ -75,6 +77,7 @@ def export(module: Any, parameters: int, directory: Path) -> dict[str, str]:
         parameters: of the model; its layers may have been replaced by now.
     """
     import onnx
+    import onnx_ir
     import onnxruntime
     from onnx_ir.passes.common import DeduplicateInitializersPass
 
@@ -97,6 +100,10 @@ def export(module: Any, parameters: int, directory: Path) -> dict[str, str]:
         )
     assert program is not None
     DeduplicateInitializersPass()(program.model)
+    for item in program.model.graph.inputs:
+        if item.name in signature.defaults:
+            item.const_value = onnx_ir.tensor(signature.defaults[item.name].numpy(), name=item.name)
+            program.model.graph.register_initializer(item)
     for node in program.model.graph:  # where in whose source each came from: a third of a small artefact
         node.metadata_props.clear()
         node.doc_string = None

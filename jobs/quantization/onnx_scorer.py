@@ -6,13 +6,13 @@ Axes: B rows, T positions in a row, V vocabulary.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cluster.grid import pack
+from cluster.onnx_graph import CachedGraph, has_cache, open_session
 from jobs.evaluating.scorers import context_tokens
 from jobs.quantization.onnx_export import FACTS, GRAPH
 from jobs.scoring import TextScore
@@ -23,18 +23,11 @@ class OnnxScorer:
     """An ONNX artefact."""
 
     def __init__(self, directory: Path, threads: int) -> None:
-        import onnxruntime
         from transformers import AutoConfig
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            str(directory / GRAPH), options, providers=["CPUExecutionProvider"]
-        )
-        self._value = onnxruntime.OrtValue.ortvalue_from_numpy
+        self._session = open_session(directory / GRAPH, threads)
+        self._graph = CachedGraph(self._session) if has_cache(self._session) else None
         self._inputs = {item.name: item.shape for item in self._session.get_inputs()}
-        self._outputs = [item.name for item in self._session.get_outputs()]
         self.parameters = int(json.loads((directory / FACTS).read_text())["parameters"])
         config = AutoConfig.from_pretrained(str(directory)).get_text_config()
         self.vocab_size, self.max_tokens = int(config.vocab_size), context_tokens(config)
@@ -54,24 +47,30 @@ class OnnxScorer:
 
     def greedy(self, prompt: list[int], num_tokens: int) -> Iterator[int]:
         """With a cache the prompt is read once, then one token at a time; without one all is read anew each time."""
-        read, unread = 0, list(prompt)
-        cache: dict[str, Any] = {name: self._value(value) for name, value in self._empty_past(1).items()}
+        if self._graph is None:
+            yield from self._greedy_without_cache(prompt, num_tokens)
+            return
+        graph, read, unread = self._graph, 0, list(prompt)
+        shape = (1, graph.heads, len(prompt) + num_tokens, graph.width)
+        caches = [np.zeros(shape, np.float32) for _ in range(graph.num_caches)]
         for _ in range(num_tokens):
             total = read + len(unread)
-            feed = {
-                "input_ids": np.array([unread], np.int64),
-                "position_ids": np.arange(read, total, dtype=np.int64)[None],
-                "attention_mask": np.ones((1, total), np.int64),
-            }
-            given = {name: self._value(value) for name, value in feed.items() if name in self._inputs}
-            # Keys and values stay where onnxruntime put them.
-            logits_BTV, *present = self._session.run_with_ort_values(self._outputs, given | cache)
-            token = int(logits_BTV.numpy()[0, -1].argmax())
+            positions_T = np.arange(read, total, dtype=np.int64)
+            mask_S = np.ones(total, np.int64)
+            ids_T = np.array(unread, np.int64)
+            logits_11V = graph.run(ids_T[None], positions_T[None], mask_S[None], caches, logits_from=len(unread) - 1)
+            token = int(logits_11V[0, -1].argmax())
             yield token
-            if cache:
-                cache, read, unread = dict(zip(cache, present, strict=True)), total, [token]
-            else:
-                unread = [*unread, token]
+            read, unread = total, [token]
+
+    def _greedy_without_cache(self, prompt: list[int], num_tokens: int) -> Iterator[int]:
+        token_ids = list(prompt)
+        for _ in range(num_tokens):
+            ids_T = np.array(token_ids, np.int64)
+            feed = {"input_ids": ids_T[None], "position_ids": np.arange(len(ids_T), dtype=np.int64)[None]}
+            logits_1TV = self._session.run(["logits"], feed)[0]
+            token_ids.append(int(logits_1TV[0, -1].argmax()))
+            yield token_ids[-1]
 
     def score(self, batch: MicroBatch) -> TextScore:
         losses_n = nn.functional.cross_entropy(self.logits(batch), torch.from_numpy(batch.targets), reduction="none")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.errors import ModelError
 from cluster.model_directory import Kind
-from services.endpoint.engines.onnx import open_session
+from cluster.onnx_graph import open_session
 
 Outputs = Callable[[Tensor, Tensor], Tensor]
 """Of `ids_BT` and `mask_BT`, both int64."""
@@ -71,7 +71,7 @@ def _torch_model(directory: Path, kind: Kind) -> Outputs:
 
 
 def _graph(directory: Path, kind: Kind) -> Outputs:
-    session = open_session(directory / "model.onnx")
+    session = open_session(directory / "model.onnx", torch.get_num_threads(), spinning=False)
     result = "logits" if kind == "classifications" else "last_hidden_state"
     offered = [item.name for item in session.get_outputs()]
     if result not in offered:

@@ -1,160 +1,187 @@
 """ONNX graphs with a cache: sequences that share a run, leave it, and come back get what they would get alone."""
 
 import asyncio
+import copy
+import itertools
+import mmap
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
 
 from cluster.errors import ModelError
+from cluster.onnx_graph import open_session
 from jobs.quantization import onnx_float32, onnx_int8
 from services.endpoint import loading
 from services.endpoint.decoding import Piece, joined
+from services.endpoint.engines import onnx as onnx_engine
 from services.endpoint.engines.base import Place, Read
-from services.endpoint.engines.onnx import CachedEngine, open_session
+from services.endpoint.engines.onnx import CachedEngine
 from services.endpoint.model import ServedModel
 from services.endpoint.schema import EndpointConfig, Sampling
 from tests.endpoint_models import answer, answers, byte_level_tokenizer, save_version
 
-VOCABULARY = 11
+CAPACITY = 200
 
 
-def save_summing_graph(path: Path, table_VV: np.ndarray, outputs: tuple[str, ...] = ("key", "value")) -> None:
-    """Logits behind the last token: its row of the table, plus all token ids read so far (keys) and three times their
-    sum (values), as far as the mask calls them real."""
-    ids, positions, mask = (
-        helper.make_tensor_value_info(name, TensorProto.INT64, ["B", length])
-        for name, length in (("input_ids", "T"), ("position_ids", "T"), ("attention_mask", "S"))
-    )
-    shape = ["B", 1, "P", 1]
-    pasts = [
-        helper.make_tensor_value_info(f"past_key_values.0.{part}", TensorProto.FLOAT, shape)
-        for part in ("key", "value")
-    ]
-    found = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", "T", VOCABULARY])]
-    found += [
-        helper.make_tensor_value_info(f"present.0.{part}", TensorProto.FLOAT, ["B", 1, "S", 1]) for part in outputs
-    ]
-    nodes = [
-        helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
-        helper.make_node("Cast", ["input_ids"], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node("Unsqueeze", ["floats", "heads_and_width"], ["new_key"]),
-        helper.make_node("Mul", ["new_key", "three"], ["new_value"]),
-        helper.make_node("Concat", ["past_key_values.0.key", "new_key"], ["present.0.key"], axis=2),
-        helper.make_node("Concat", ["past_key_values.0.value", "new_value"], ["present.0.value"], axis=2),
-        helper.make_node("Cast", ["attention_mask"], ["real"], to=TensorProto.FLOAT),
-        helper.make_node("Unsqueeze", ["real", "heads_and_width"], ["real_columns"]),
-        helper.make_node("Add", ["present.0.key", "present.0.value"], ["both"]),
-        helper.make_node("Mul", ["both", "real_columns"], ["counted"]),
-        helper.make_node("ReduceSum", ["counted", "columns"], ["sums"], keepdims=0),
-        helper.make_node("Add", ["rows", "sums"], ["with_sums"]),
-        helper.make_node("Cast", ["position_ids"], ["places"], to=TensorProto.FLOAT),
-        helper.make_node("Unsqueeze", ["places", "last"], ["places_1"]),
-        helper.make_node("Add", ["with_sums", "places_1"], ["logits"]),
-    ]
-    constants = [
-        helper.make_tensor("table", TensorProto.FLOAT, table_VV.shape, table_VV.flatten()),
-        helper.make_tensor("heads_and_width", TensorProto.INT64, [2], [1, 3]),
-        helper.make_tensor("columns", TensorProto.INT64, [1], [2]),
-        helper.make_tensor("last", TensorProto.INT64, [1], [2]),
-        helper.make_tensor("three", TensorProto.FLOAT, [1], [3.0]),
-    ]
-    graph = helper.make_graph(nodes, "sums", [ids, positions, mask, *pasts], found, constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+class Engine:
+    """An engine around a small exported model, and the model."""
+
+    def __init__(self, directory: Path) -> None:
+        self.exact = save_version(directory / "float", seed=5)
+        onnx_float32.quantize(str(directory / "float"), directory / "graph")
+        self.path = directory / "graph" / "model.onnx"
+        self.engine = self.opened()
+        self.read: dict[Place, list[int]] = {}
+
+    def opened(self) -> CachedEngine:
+        self.engine, self.read = CachedEngine(open_session(self.path, threads=1), CAPACITY), {}
+        return self.engine
+
+    def reserve(self, num_tokens: int = 40) -> Place:
+        place = self.engine.reserve(num_tokens)
+        assert place is not None
+        return place
+
+    def step(self, *parts: tuple[Place, list[int]], all_logits: bool = False) -> None:
+        """One pass over pairs of a place and the tokens that it reads: each gets what the model says of its text."""
+        found_NV = self.engine.forward([Read(place, token_ids, all_logits) for place, token_ids in parts])
+        first = 0
+        for place, token_ids in parts:
+            text = self.read[place] = self.read.get(place, []) + token_ids
+            assert place.length == len(text)
+            count = len(token_ids) if all_logits else 1
+            with torch.no_grad():
+                expected_TV = self.exact(torch.tensor([text])).logits[0, -count:]
+            assert torch.allclose(found_NV[first : first + count], expected_TV, atol=1e-5)
+            first += count
+        assert len(found_NV) == first
+
+    def runs(self) -> Callable[[], int]:
+        """Counts the runs of the session from now on."""
+        numbers = itertools.count()
+        run = self.engine._graph.run
+
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            next(numbers)
+            return run(*arguments, **keywords)
+
+        self.engine._graph.run = counted  # type: ignore[method-assign]
+        return lambda: next(copy.copy(numbers))
 
 
 @pytest.fixture(scope="module")
-def table() -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(VOCABULARY, VOCABULARY)).astype(np.float32)
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return Engine(tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture
-def engine(tmp_path: Path, table: np.ndarray) -> CachedEngine:
-    save_summing_graph(tmp_path / "model.onnx", table)
-    return CachedEngine(open_session(tmp_path / "model.onnx"), 200)
+def engine(exported: Engine) -> Engine:
+    exported.opened()
+    return exported
 
 
-def reserved(engine: CachedEngine, num_tokens: int = 40) -> Place:
-    place = engine.reserve(num_tokens)
-    assert place is not None
-    return place
-
-
-def stepping(engine: CachedEngine, table: np.ndarray, read: dict[Place, list[int]]) -> Callable[..., None]:
-    """One pass over pairs of a place and the tokens that it reads, checked and noted in `read`."""
-
-    def step(*parts: tuple[Place, list[int]]) -> None:
-        rows = engine.forward([Read(place, token_ids) for place, token_ids in parts])
-        for row, (place, token_ids) in zip(rows, parts, strict=True):
-            read.setdefault(place, []).extend(token_ids)
-            expected = table[token_ids[-1]] + 4 * sum(read[place]) + len(read[place]) - 1
-            assert torch.allclose(row, torch.from_numpy(expected), atol=1e-4)
-            assert place.length == len(read[place])
-
-    return step
-
-
-def test_sequences_of_any_length_join_leave_and_fork(engine: CachedEngine, table: np.ndarray) -> None:
-    read: dict[Place, list[int]] = {}
-    runs = 0
-    run = engine._run
-
-    def counted(*arguments: object) -> object:
-        nonlocal runs
-        runs += 1
-        return run(*arguments)  # type: ignore[arg-type]
-
-    engine._run = counted  # type: ignore[method-assign,assignment]
-
-    step = stepping(engine, table, read)
-    first, second, third = (reserved(engine) for _ in range(3))
-    step((first, [1, 2, 3]), (second, [4, 5, 6, 7]))
-    runs = 0
+def test_sequences_of_any_length_join_leave_and_fork(engine: Engine) -> None:
+    first, second, third, fourth = (engine.reserve() for _ in range(4))
+    engine.step((third, [1, 2, 3]), (second, [4, 5, 6, 7]), (fourth, [9] * 12))
     for token in (8, 9):
-        step((first, [token]), (second, [token + 1]))
-    assert runs == 2, "two sequences of like lengths share a run"
-    step((first, [1]), (third, [2] * 5), (second, [3]))
+        engine.step((fourth, [token]), (second, [token + 1]))
+    engine.step((first, [1]), (third, [2] * 5), (second, [3]))
     for token in range(4):
-        step((second, [token]), (third, [token]), (first, [token]))
-    engine.release(second)
-    step((third, [5]), (first, [6]))
-    copied = reserved(engine)
-    assert engine.fork(copied, third, 5)
-    read[copied] = read[third][:5]
-    step((copied, [7]), (third, [8]), (first, [9]))
-    # One that is much longer than the others does not make them pay for it.
-    long = reserved(engine, 60)
-    step((long, [1] * 55))
-    runs = 0
-    step((long, [3]), (copied, [4]), (third, [5]), (first, [6]))
-    assert runs == 4
+        engine.step((second, [token]), (third, [token]), (first, [token]))
+    engine.engine.release(second)
+    engine.step((third, [5]), (first, [6]), (fourth, [7]))
+    copied = engine.reserve()
+    assert engine.engine.fork(copied, third, 5)
+    engine.read[copied] = engine.read[third][:5]
+    engine.step((copied, [7]), (third, [8]), (fourth, [2] * 3), (first, [9]))
+    engine.step((first, [4]))
+    engine.step((fourth, [4]), (copied, [3]))
 
 
-def test_first_token_of_a_sequence_is_read_beside_others(engine: CachedEngine, table: np.ndarray) -> None:
-    step = stepping(engine, table, {})
-    written, other, third, fourth = (reserved(engine) for _ in range(4))
-    step((written, [1, 2]))
-    step((written, [3]), (other, [4]))
-    step((written, [5]), (other, [6]))
-    step((written, [7]), (third, [8]), (other, [9]), (fourth, [10]))
-    step((third, [1]), (fourth, [2]))
+def test_sequences_that_read_one_token_share_a_run_however_long_they_are(engine: Engine) -> None:
+    places = [engine.reserve(capacity) for capacity in (150, 10, 20, 5)]
+    engine.step(*((place, [7] * length) for place, length in zip(places, (120, 2, 11, 1), strict=True)))
+    runs = engine.runs()
+    for token in (3, 4):
+        engine.step(*((place, [token]) for place in reversed(places)))
+    assert runs() == 2
 
 
-def test_places_are_counted_in_tokens(engine: CachedEngine) -> None:
-    places = [reserved(engine, 90), reserved(engine, 110)]
-    assert engine.reserve(1) is None
-    engine.release(places[0])
-    assert engine.reserve(90) is not None
+def test_first_token_of_a_sequence_is_read_beside_others(engine: Engine) -> None:
+    written, other, third, fourth = (engine.reserve() for _ in range(4))
+    engine.step((written, [1, 2]))
+    engine.step((written, [3]), (other, [4]))
+    engine.step((written, [5]), (other, [6]))
+    engine.step((written, [7]), (third, [8]), (other, [9]), (fourth, [10]))
+    engine.step((third, [1]), (fourth, [2]))
 
 
-def test_graph_without_a_matching_output_is_refused(tmp_path: Path, table: np.ndarray) -> None:
-    save_summing_graph(tmp_path / "model.onnx", table, outputs=("key",))
-    with pytest.raises(ModelError, match=r"no output present\.0\.value"):
-        CachedEngine(open_session(tmp_path / "model.onnx"), 200)
+def test_logits_of_every_token_where_they_are_wanted(engine: Engine) -> None:
+    first, second, third = (engine.reserve() for _ in range(3))
+    engine.step((first, [1, 2, 3]), (second, [4]), (third, [5, 6]), all_logits=True)
+    engine.step((third, [7, 8, 9]), (first, [1]), (second, [2, 3]), all_logits=True)
+
+
+def test_more_sequences_than_rows_keep_what_they_have_read(engine: Engine) -> None:
+    places = [engine.reserve(10) for _ in range(18)]
+    for number, place in enumerate(places[:15]):
+        engine.step((place, [number, number + 1]))
+    engine.step(*((place, [number + 2]) for number, place in enumerate(places)))
+
+
+def test_what_a_sequence_leaves_behind_reaches_no_other(engine: Engine) -> None:
+    spoilt, other = engine.reserve(), engine.reserve()
+    engine.step((spoilt, [1, 2, 3]), (other, [4, 5]))
+    for cache in engine.engine._caches:
+        cache.rows[spoilt.state] = float("nan")
+    engine.engine.release(spoilt)
+    later = engine.reserve()
+    engine.step((later, [6]), (other, [7]))
+    engine.step((later, [8]), (other, [9]))
+
+
+def test_memory_of_a_long_sequence_goes_back_with_it(exported: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("how much memory a process has is read from /proc")
+    monkeypatch.setattr(onnx_engine, "_KEPT_COLUMNS", 100)
+    engine = CachedEngine(open_session(exported.path, threads=1), max_cached_tokens=1 << 18)
+    for length, kept in ((101, False), (100, True)):
+        place = engine.reserve(length)
+        assert place is not None
+        rows = [cache.rows[place.state] for cache in engine._caches]
+        for row in rows:
+            row[:] = 1.0  # far more than the sequence itself would need, so that it shows
+        full, size = resident(), sum(row.nbytes for row in rows)
+        place.length = length
+        engine.release(place)
+        assert (full - resident() < 0.1 * size) if kept else (full - resident() > 0.9 * size)
+
+
+def test_places_are_counted_in_tokens(engine: Engine) -> None:
+    places = [engine.reserve(90), engine.reserve(110)]
+    assert engine.engine.reserve(1) is None
+    engine.engine.release(places[0])
+    assert engine.engine.reserve(90) is not None
+    with pytest.raises(ValueError, match="111 tokens in a place for 110"):
+        engine.step((places[1], [1] * 111))
+
+
+def test_graphs_whose_cache_cannot_stay_in_place_are_refused(tmp_path: Path, exported: Engine) -> None:
+    model = onnx.load(exported.path)
+    [asked] = [item for item in model.graph.input if item.name == "logits_from"]
+    model.graph.input.remove(asked)
+    for problem in ("of an earlier version", r"no output present\.1\.value"):
+        onnx.save(model, tmp_path / "model.onnx")
+        with pytest.raises(ModelError, match=problem):
+            CachedEngine(open_session(tmp_path / "model.onnx", threads=1), CAPACITY)
+        del model.graph.output[-1]
 
 
 @pytest.fixture(scope="module", params=[onnx_float32, onnx_int8], ids=["float32", "int8"])
@@ -176,7 +203,7 @@ def test_exported_student_answers_among_others_what_it_answers_alone(student: Pa
     together = [joined(pieces) for pieces in answers(model, [(prompt, greedy) for prompt in prompts])]
 
     def read_at_once(token_ids: list[int]) -> int:
-        engine = CachedEngine(open_session(student / "model.onnx"), 200)
+        engine = CachedEngine(open_session(student / "model.onnx", threads=1), 200)
         place = engine.reserve(len(token_ids))
         assert place is not None
         return int(engine.forward([Read(place, token_ids)])[0, : model.vocabulary.size].argmax())
@@ -197,7 +224,7 @@ def test_graph_computes_with_all_cores_unless_the_config_says(student: Path, mon
         assert isinstance(model, ServedModel)
         engine = model._scheduler._engine
         assert isinstance(engine, CachedEngine)
-        assert engine._session.get_session_options().intra_op_num_threads == threads
+        assert engine._graph._session.get_session_options().intra_op_num_threads == threads
 
 
 def test_exported_student_reads_prompts_of_one_token_beside_answers(student: Path) -> None:

@@ -4,8 +4,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from cluster.errors import QuantizationFailed
+from cluster.onnx_graph import CachedGraph
 from jobs.quantization import onnx_decoder
 from jobs.quantization.onnx_decoder import Decoder, Reader, decoder_of, has_plain_cache
 from jobs.quantization.onnx_export import export
@@ -67,8 +69,9 @@ def test_names_are_those_of_optimum(graph):
         assert isinstance(past, str)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("cuts", [[9], [4, 9], [1, 2, 3, 9]], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "cuts"), [(1, [9]), (1, [4, 9]), (1, [1, 2, 3, 9]), (3, [9]), (3, [7, 8, 9])], ids=str
+)
 def test_logits_are_those_of_the_model_however_the_text_is_cut(graph, rows, cuts):
     token_ids = np.random.default_rng(0).integers(1, tiny.VOCABULARY, (rows, 9))
     expected = graph.logits_of(token_ids)
@@ -118,6 +121,38 @@ def test_numbered_sequences_in_a_row_do_not_see_each_other(graph):
     close(found[0, 6:], graph.logits_of(texts[1][None])[0])
 
 
+def test_a_cache_stays_in_place_beside_rows_of_other_lengths(graph):
+    rng = np.random.default_rng(3)
+    texts = [rng.integers(1, tiny.VOCABULARY, length) for length in (3, 8, 1)]
+    cached = CachedGraph(graph.session)
+    caches = [np.full((3, cached.heads, 20, cached.width), np.nan, np.float32) for _ in range(cached.num_caches)]
+    for row, ids in enumerate(texts[:2]):  # the third has read nothing yet
+        rows = [cache[row : row + 1] for cache in caches]
+        for start, end in ((0, 1), (1, len(ids) - 1)):
+            mask, positions = np.ones((1, end), np.int64), np.arange(start, end)[None]
+            found = cached.run(ids[None, start:end], positions, mask, rows, logits_from=end - start - 1)
+            close(found[:, 0], graph.logits_of(ids[None, :end])[:, -1])
+    lengths = np.array([len(ids) - 1 for ids in texts])
+    for step in range(2):
+        last = np.array([[ids[-1]] for ids in texts])
+        mask = (np.arange(lengths.max() + 1) <= lengths[:, None]).astype(np.int64)
+        found = cached.run(last, lengths[:, None], mask, caches)
+        for row, ids in enumerate(texts):
+            close(found[row, -1], graph.logits_of(ids[None])[0, -1])
+        texts, lengths = [np.append(ids, step) for ids in texts], lengths + 1
+    assert all(np.isnan(cache[row, :, lengths[row] :]).all() for cache in caches for row in range(3))
+
+
+@pytest.mark.parametrize("first", [0, 2, 4])
+def test_logits_of_the_last_tokens_alone(graph, first):
+    token_ids = np.random.default_rng(4).integers(1, tiny.VOCABULARY, (2, 5))
+    positions, mask = np.tile(np.arange(5), (2, 1)), np.ones((2, 5), np.int64)
+    cached = CachedGraph(graph.session)
+    caches = [np.zeros((2, cached.heads, 5, cached.width), np.float32) for _ in range(cached.num_caches)]
+    found = cached.run(token_ids, positions, mask, caches, logits_from=first)
+    close(found, graph.logits_of(token_ids)[:, first:])
+
+
 def test_tied_weights_are_stored_once(graph):
     weights = 4 * graph.exact.num_parameters()  # which counts a tied embedding once
     assert weights <= graph.size < weights + 200_000
@@ -138,12 +173,31 @@ def test_families_with_windows_are_exported_without_a_cache(family, changes, pla
     assert isinstance(decoder_of(model), Decoder if plain else Reader)
 
 
+def test_heads_that_the_operator_does_not_take_are_exported_without_a_cache(tmp_path):
+    narrow = {"hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 12}
+    model, exact = tiny.model("llama", **narrow), tiny.model("llama", **narrow)
+    decoder = decoder_of(model)
+    assert isinstance(decoder, Reader)
+    export(decoder, 0, tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    token_ids, positions = np.arange(3, 9)[None], np.arange(6)[None]
+    with torch.no_grad():
+        expected = exact(torch.from_numpy(token_ids)).logits.numpy()
+    close(session.run(["logits"], {"input_ids": token_ids, "position_ids": positions})[0], expected)
+
+
+def test_an_attention_that_cannot_be_replaced_is_refused():
+    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=2))
+    with pytest.raises(QuantizationFailed, match="BloomForCausalLM has an attention of its own"):
+        decoder_of(model)
+
+
 def test_a_family_that_computes_something_else_with_a_cache_is_refused(monkeypatch):
     def shifted(*arguments, **keywords):
         found, nothing = exact(*arguments, **keywords)
         return 1.01 * found, nothing
 
-    exact = onnx_decoder.grouped_attention
-    monkeypatch.setattr(onnx_decoder, "grouped_attention", shifted)
+    exact = onnx_decoder.cached_attention
+    monkeypatch.setattr(onnx_decoder, "cached_attention", shifted)
     with pytest.raises(QuantizationFailed, match=r"LlamaForCausalLM with a cache computes other logits"):
         decoder_of(tiny.model("llama"))

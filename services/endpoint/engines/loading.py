@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from cluster.errors import ModelError
+from cluster.onnx_graph import has_cache, open_session
 from services.endpoint.engines import ragged
 from services.endpoint.engines.base import Engine
 from services.endpoint.engines.linear import pack
-from services.endpoint.engines.onnx import CachedEngine, WholeTextEngine, has_cache, open_session
+from services.endpoint.engines.onnx import CachedEngine, WholeTextEngine
 from services.endpoint.engines.ragged import RaggedEngine
 from services.endpoint.engines.separate import SeparateEngine
 
@@ -37,7 +38,7 @@ def load_engine(
         ModelError: the directory cannot be served; the message says why.
     """
     if scheme.startswith("onnx") or (directory / "model.onnx").is_file():
-        session = open_session(directory / "model.onnx", graph_threads)
+        session = open_session(directory / "model.onnx", graph_threads or torch.get_num_threads(), spinning=False)
         kind = CachedEngine if has_cache(session) else WholeTextEngine
         return kind(session, max_cached_tokens)
     if scheme not in _TORCH_SCHEMES:

@@ -1,56 +1,37 @@
 """ONNX graphs: with inputs and outputs for keys and values, several sequences at once; without, the whole text again.
 
-A graph with a cache has inputs `past_key_values.{i}.key|value` [B, K, P, D] and outputs `present.{i}.key|value`
-[B, K, P + T, D], as optimum names them. Sequences that each read one token share a run: their caches are padded on the
-left to the longest, `attention_mask` says which columns are real. The graph hands back a new cache of the whole batch
-every time; it stays one array until the batch changes, and is cut into its sequences then.
+Each sequence has a row of its own in the arrays of keys and values [R, H, L, D], from the first column on, and the
+graph writes new ones behind the old in place. Sequences that each read one token share a run, of whatever lengths they
+are: for that they stand in the first rows, and one that stands elsewhere changes places. A row has room for the longest
+sequence there may be, but memory only for the columns that were written: what a long one had goes back to the system.
 
 A graph without a cache reads each whole sequence anew for every token, which suits short answers only.
 
-Axes: B sequences, K heads of keys and values, P tokens read before, T new tokens, D width of a head, V vocabulary.
+Axes: B sequences of a run, R rows, H heads of keys and values, L columns, D width of a head, T new tokens, S tokens of
+a row with the new ones, V vocabulary.
 """
 
-from pathlib import Path
+import mmap
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.errors import ModelError
+from cluster.onnx_graph import CachedGraph
 from services.endpoint.engines.base import Place, Read, TokenBudget
 
-_WASTE = 2.0
-"""Sequences share a run while its columns, padding included, are at most so many times their tokens."""
-
-
-def open_session(path: Path, threads: int | None = None) -> Any:
-    """A session on the CPU, by default with torch's number of threads.
-
-    Raises:
-        ModelError: the file cannot be loaded.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exceptions share no base class
-        raise ModelError(f"{path.name} cannot be loaded ({str(error).splitlines()[0]})") from error
-
-
-def has_cache(session: Any) -> bool:
-    return any(item.name.startswith("past_key_values.") for item in session.get_inputs())
+_ROWS = 16
+"""Of the first arrays; each time that they do not suffice there are twice as many."""
+_KEPT_COLUMNS = 1024
+"""A row that was shorter keeps its memory for the next sequence."""
+_FLOAT_BYTES = 4
 
 
 class _OnnxEngine:
-    """What both kinds of graphs share: places are counted, and sequences are read by runs of the session."""
+    """What both kinds of graphs share: places are counted in tokens."""
 
-    def __init__(self, session: Any, max_cached_tokens: int) -> None:
-        self._session = session
-        self._inputs = {item.name: item for item in session.get_inputs()}
+    def __init__(self, max_cached_tokens: int) -> None:
         self._budget = TokenBudget(max_cached_tokens)
         self.max_cached_tokens = max_cached_tokens
 
@@ -64,6 +45,11 @@ class _OnnxEngine:
 
 class WholeTextEngine(_OnnxEngine):
     """An engine around a graph without a cache: the state of a place is its token ids."""
+
+    def __init__(self, session: Any, max_cached_tokens: int) -> None:
+        super().__init__(max_cached_tokens)
+        self._session = session
+        self._inputs = {item.name for item in session.get_inputs()}
 
     def fork(self, place: Place, source: Place, num_tokens: int) -> bool:
         place.state, place.length = source.state[:num_tokens], num_tokens
@@ -86,125 +72,138 @@ class WholeTextEngine(_OnnxEngine):
 
 
 class CachedEngine(_OnnxEngine):
-    """An engine around a graph with a cache.
+    """An engine around a graph with a cache: the state of a place is its row.
 
-    The state of a place is a dict of arrays [1, K, P, D] by input name, or a `_Batch` that holds it as one of several.
+    Raises:
+        ModelError: the graph does not keep its keys and values in place.
     """
 
     def __init__(self, session: Any, max_cached_tokens: int) -> None:
-        super().__init__(session, max_cached_tokens)
-        self._pasts = [name for name in self._inputs if name.startswith("past_key_values.")]
-        self._outputs = ["logits", *(name.replace("past_key_values.", "present.", 1) for name in self._pasts)]
-        missing = sorted(set(self._outputs) - {item.name for item in session.get_outputs()})
-        if missing:
-            raise ModelError(f"the ONNX graph has no output {missing[0]} for its input of keys and values")
-        self._batch: _Batch | None = None
+        super().__init__(max_cached_tokens)
+        self._graph = CachedGraph(session)
+        self._places: list[Place | None] = [None] * _ROWS
+        self._caches = self._new_caches()
+
+    def reserve(self, num_tokens: int) -> Place | None:
+        place = super().reserve(num_tokens)
+        if place is not None:
+            if None not in self._places:
+                self._grow()
+            place.state = self._places.index(None)
+            self._places[place.state] = place
+        return place
 
     def release(self, place: Place) -> None:
-        if self._batch is not None and place in self._batch.places:
-            self._split()
+        if place.length > _KEPT_COLUMNS:
+            for cache in self._caches:
+                cache.forget(place.state)
+        self._places[place.state] = None
         super().release(place)
 
     def fork(self, place: Place, source: Place, num_tokens: int) -> bool:
-        self._split()
-        place.state = {name: value[:, :, :num_tokens] for name, value in source.state.items()}
+        for cache in self._caches:
+            cache.rows[place.state, :, :num_tokens] = cache.rows[source.state, :, :num_tokens]
         place.length = num_tokens
         return True
 
     def forward(self, reads: list[Read]) -> Tensor:
-        found: dict[int, Tensor] = {}
-        # The first token of a sequence has no cache that could be joined with those of others.
-        single = [read for read in reads if len(read.token_ids) == 1 and read.place.length]
-        shared = single if len(single) > 1 and self._worthwhile(single) else []
+        counts = [len(read.token_ids) if read.all_logits else 1 for read in reads]
+        logits_NV = np.empty((sum(counts), self._graph.vocab_size), np.float32)
+        shared = [number for number, read in enumerate(reads) if len(read.token_ids) == 1]
+        self._move_to_front([reads[number].place for number in shared])
+        shared.sort(key=lambda number: reads[number].place.state)
+        ends = np.cumsum(counts)
+        for number, read in enumerate(reads):
+            if len(read.token_ids) > 1:
+                self._read_alone(read, logits_NV[ends[number] - counts[number] : ends[number]])
         if shared:
-            for read, row in zip(shared, self._run_batch(shared), strict=True):
-                found[id(read)] = row[None]
-        for read in reads:
-            if id(read) not in found:
-                found[id(read)] = self._run_alone(read)
-        return torch.cat([found[id(read)] for read in reads])
+            into = ends[shared] - 1
+            if len(shared) == into[-1] - into[0] + 1 and (np.diff(into) == 1).all():
+                self._read_together([reads[number] for number in shared], logits_NV[into[0] : into[-1] + 1])
+            else:
+                found = np.empty((len(shared), self._graph.vocab_size), np.float32)
+                self._read_together([reads[number] for number in shared], found)
+                logits_NV[into] = found
+        return torch.from_numpy(logits_NV)
 
-    def _worthwhile(self, reads: list[Read]) -> bool:
-        lengths = [read.place.length + 1 for read in reads]
-        return max(lengths) * len(lengths) <= _WASTE * sum(lengths)
-
-    def _run_alone(self, read: Read) -> Tensor:
-        self._split()
-        place, count = read.place, len(read.token_ids)
-        past = place.state if place.state is not None else self._empty()
-        total = place.length + count
-        logits_BTV, present = self._run(
-            np.asarray([read.token_ids], np.int64),
+    def _read_alone(self, read: Read, out_NV: np.ndarray) -> None:
+        place, new = read.place, len(read.token_ids)
+        total = place.length + new
+        self._check_room(place, total)
+        self._graph.run(
+            np.array([read.token_ids], np.int64),
             np.arange(place.length, total, dtype=np.int64)[None],
             np.ones((1, total), np.int64),
-            past,
+            [cache.rows[place.state : place.state + 1] for cache in self._caches],
+            logits_from=new - len(out_NV),
+            out=out_NV[None],
         )
-        place.state, place.length = present, total
-        logits_TV = logits_BTV[0]
-        return logits_TV if read.all_logits else logits_TV[-1:]
+        place.length = total
 
-    def _run_batch(self, reads: list[Read]) -> Tensor:
-        places = [read.place for read in reads]
-        if self._batch is None or self._batch.places != places:
-            self._split()
-            self._batch = _Batch.of(places, self._pasts)
-        batch = self._batch
-        columns = next(iter(batch.past.values())).shape[2] + 1
-        starts_B = np.array([columns - place.length - 1 for place in places])
-        logits_BTV, batch.past = self._run(
-            np.asarray([read.token_ids for read in reads], np.int64),
-            np.asarray([[place.length] for place in places], np.int64),
-            (np.arange(columns)[None] >= starts_B[:, None]).astype(np.int64),
-            batch.past,
+    def _read_together(self, reads: list[Read], out_BV: np.ndarray) -> None:
+        """Reads of one token each, by the places in the first rows, in their order."""
+        for read in reads:
+            self._check_room(read.place, read.place.length + 1)
+        lengths_B = np.array([read.place.length for read in reads])
+        self._graph.run(
+            np.array([read.token_ids for read in reads], np.int64),
+            lengths_B[:, None],
+            (np.arange(lengths_B.max() + 1) <= lengths_B[:, None]).astype(np.int64),
+            [cache.rows[: len(reads)] for cache in self._caches],
+            out=out_BV[:, None],
         )
-        for place in places:
-            place.length += 1
-        return logits_BTV[:, -1]
+        for read in reads:
+            read.place.length += 1
 
-    def _run(
-        self, token_ids_BT: np.ndarray, positions_BT: np.ndarray, mask_BP: np.ndarray, past: dict[str, np.ndarray]
-    ) -> tuple[Tensor, dict[str, np.ndarray]]:
-        feed = {"input_ids": token_ids_BT, "position_ids": positions_BT, "attention_mask": mask_BP}
-        feed = {name: value for name, value in feed.items() if name in self._inputs}
-        logits_BTV, *present = self._session.run(self._outputs, {**feed, **past})
-        return torch.from_numpy(logits_BTV).float(), dict(zip(self._pasts, present, strict=True))
+    def _check_room(self, place: Place, num_tokens: int) -> None:
+        if num_tokens > place.capacity:
+            raise ValueError(f"a sequence of {num_tokens} tokens in a place for {place.capacity}")
 
-    def _empty(self) -> dict[str, np.ndarray]:
-        empty = {}
-        for name in self._pasts:
-            _, heads, _, width = self._inputs[name].shape
-            kind = np.float16 if "float16" in self._inputs[name].type else np.float32
-            empty[name] = np.zeros((1, heads, 0, width), kind)
-        return empty
+    # --- rows ---
 
-    def _split(self) -> None:
-        if self._batch is not None:
-            for row, place in enumerate(self._batch.places):
-                # Copies: a view of one sequence would keep the arrays of the whole batch.
-                place.state = {
-                    name: np.ascontiguousarray(value[row : row + 1, :, value.shape[2] - place.length :])
-                    for name, value in self._batch.past.items()
-                }
-            self._batch = None
+    def _move_to_front(self, places: list[Place]) -> None:
+        """Lets so many places have the first rows, in any order."""
+        outside = [place for place in places if place.state >= len(places)]
+        wrong = [row for row in range(len(places)) if self._places[row] not in places] if outside else []
+        for place, row in zip(outside, wrong, strict=True):
+            other, old = self._places[row], place.state
+            for cache in self._caches:
+                cache.exchange(old, place.length, row, other.length if other is not None else 0)
+            place.state, self._places[row], self._places[old] = row, place, other
+            if other is not None:
+                other.state = old
+
+    def _new_caches(self) -> list["_Cache"]:
+        shape = (len(self._places), self._graph.heads, self.max_cached_tokens, self._graph.width)
+        return [_Cache(*shape) for _ in range(self._graph.num_caches)]
+
+    def _grow(self) -> None:
+        old, held = self._caches, [place for place in self._places if place is not None]
+        self._places += [None] * len(self._places)
+        self._caches = self._new_caches()
+        for source, cache in zip(old, self._caches, strict=True):
+            for place in held:
+                cache.rows[place.state, :, : place.length] = source.rows[place.state, :, : place.length]
 
 
-class _Batch:
-    """Caches of several sequences in one array for each input, padded on the left."""
+class _Cache:
+    """The keys, or the values, of a layer: float32 [R, H, L, D], in memory that the system gives as it is written."""
 
-    def __init__(self, places: list[Place], past: dict[str, np.ndarray]) -> None:
-        self.places, self.past = places, past
+    def __init__(self, rows: int, heads: int, columns: int, width: int) -> None:
+        # Rows end where pages do.
+        unit = mmap.PAGESIZE // _FLOAT_BYTES
+        columns = -(-columns // unit) * unit
+        self._row_bytes = heads * columns * width * _FLOAT_BYTES
+        self._memory = mmap.mmap(-1, rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.rows = np.frombuffer(self._memory, np.float32).reshape(rows, heads, columns, width)
 
-    @classmethod
-    def of(cls, places: list[Place], names: list[str]) -> "_Batch":
-        longest = max(place.length for place in places)
-        past = {}
-        for name in names:
-            parts = [place.state[name] for place in places]
-            _, heads, _, width = parts[0].shape
-            joined = np.zeros((len(parts), heads, longest, width), parts[0].dtype)
-            for row, part in enumerate(parts):
-                joined[row, :, longest - part.shape[2] :] = part[0]
-            past[name] = joined
-        for place in places:
-            place.state = None
-        return cls(places, past)
+    def forget(self, row: int) -> None:
+        """Gives a row's memory back."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, row * self._row_bytes, self._row_bytes)
+
+    def exchange(self, row: int, length: int, other: int, other_length: int) -> None:
+        """Lets two rows change places, of which so many columns are in use."""
+        kept = self.rows[row, :, :length].copy()
+        self.rows[row, :, :other_length] = self.rows[other, :, :other_length]
+        self.rows[other, :, :length] = kept
