@@ -22,7 +22,7 @@ from cluster.errors import ModelError
 from cluster.model_directory import Kind, read_json
 from cluster.published import MANIFEST
 from services.endpoint.encoder_weights import load_encoder
-from services.endpoint.engines.scheduler import Load
+from services.endpoint.engines.requests import Load
 from services.endpoint.errors import invalid
 from services.endpoint.pool import Working, WorkPool
 

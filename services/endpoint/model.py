@@ -14,7 +14,8 @@ from cluster.published import MANIFEST
 from services.endpoint.decoding import Piece, Vocabulary
 from services.endpoint.engines.base import Engine, Read
 from services.endpoint.engines.loading import load_engine
-from services.endpoint.engines.scheduler import NOT_FINITE, Capacity, Load, Scheduler
+from services.endpoint.engines.requests import NOT_FINITE, Capacity, Load
+from services.endpoint.engines.scheduler import Scheduler
 from services.endpoint.errors import invalid
 from services.endpoint.running import Running
 from services.endpoint.schema import ChatMessage, Sampling

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cluster.champions import Champion
 from services.endpoint.admission import Counting
 from services.endpoint.canary import Observation
-from services.endpoint.engines.scheduler import Load
+from services.endpoint.engines.requests import Load
 from services.endpoint.envelope import BodyReader, account_of
 from services.endpoint.errors import ApiError, internal, unavailable
 from services.endpoint.following import Served

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from cluster.resources import physical_cores
 from services.endpoint.decoding import Piece, joined
-from services.endpoint.engines.scheduler import END
+from services.endpoint.engines.requests import END
 
 SECONDS_PER_STREAM = 0.034 / physical_cores()
 """Pause between two events of a stream for each request that runs. An event costs about 4 ms of processor time on its

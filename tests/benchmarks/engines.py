@@ -103,7 +103,8 @@ def scheduled(engine: Any, directory: Path, prompts: list[list[int]]) -> Callabl
     from transformers import AutoTokenizer
 
     from services.endpoint.decoding import Vocabulary
-    from services.endpoint.engines.scheduler import END, Capacity, Scheduler
+    from services.endpoint.engines.requests import END, Capacity
+    from services.endpoint.engines.scheduler import Scheduler
     from services.endpoint.schema import Sampling
 
     vocabulary = Vocabulary(AutoTokenizer.from_pretrained(directory))

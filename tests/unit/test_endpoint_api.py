@@ -11,7 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from services.endpoint.api import build_api
-from services.endpoint.engines.scheduler import Load
+from services.endpoint.engines.requests import Load
 from services.endpoint.errors import ApiError
 from services.endpoint.following import ChampionFollower, verified
 from services.endpoint.model import Piece, ServedModel

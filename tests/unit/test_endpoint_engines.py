@@ -18,7 +18,8 @@ from services.endpoint.engines import ragged
 from services.endpoint.engines.base import Engine, Place, Read
 from services.endpoint.engines.loading import torch_engine
 from services.endpoint.engines.ragged import UNIT, RaggedEngine
-from services.endpoint.engines.scheduler import END, Capacity, Load, Scheduler
+from services.endpoint.engines.requests import END, Capacity, Load
+from services.endpoint.engines.scheduler import Scheduler
 from services.endpoint.engines.separate import SeparateEngine
 from services.endpoint.errors import ApiError
 from services.endpoint.model import ServedModel

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.errors import ModelError
 from services.endpoint.decoding import Piece
-from services.endpoint.engines.scheduler import END
+from services.endpoint.engines.requests import END
 from services.endpoint.running import Running
 
 

@@ -11,7 +11,6 @@ The thread lives while there is work, and some seconds longer; an engine that no
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,56 +18,16 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ModelError
-from services.endpoint.decoding import (
-    Choosing,
-    Piece,
-    TextStream,
-    TokenLogprob,
-    Vocabulary,
-    choose_tokens,
-    token_logprobs,
-)
+from services.endpoint.decoding import Choosing, TokenLogprob, Vocabulary, choose_tokens, token_logprobs
 from services.endpoint.engines.base import PROMPT_CHUNK, Engine, Place, Read
-from services.endpoint.errors import unavailable
-from services.endpoint.schema import FinishReason, Sampling
+from services.endpoint.engines.requests import END, NOT_FINITE, Answer, Capacity, Deliver, Load
+from services.endpoint.schema import Sampling
 
 _PROMPT_TOKENS = 256
 """Tokens of prompts read in one pass; bounds the [N, V] logits of an echoed prompt and the wait for cancel."""
 _PROMPT_TOKENS_BESIDE_DECODING = 64
 """The same while answers are being written, which wait for the pass as a whole. Both are rounded up to whole chunks."""
 _LINGER_S = 5.0
-
-NOT_FINITE = "the model gave a logit that is not a finite number; retrain or register another version"
-
-END = object()
-"""The last item that is delivered of a request."""
-
-Deliver = Callable[[list[Any]], None]
-"""Takes items of a request, from the scheduler's thread: pieces, an exception that ends it, at last `END`."""
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What is taken at once, and what may wait."""
-
-    max_running: int = 16
-    """Choices that are decoded at the same time."""
-    max_waiting: int = 32
-    """Requests that may be admitted beyond `max_running`."""
-    max_cached_tokens: int = 16_384
-    """Tokens whose keys and values are kept."""
-    max_admitted_tokens: int = 65_536
-    """Prompts and longest answers of all choices of all requests that run or wait."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a scheduler has to do now."""
-
-    running: int
-    """Requests of which a choice is being read or written."""
-    waiting: int
-    admitted_tokens: int
 
 
 class Job:
@@ -102,21 +61,17 @@ class _Choice:
 
     job: Job
     prompt: _Prompt
-    index: int
     limit: int
     """Tokens to sample at most."""
     rule: Choosing
+    answer: Answer
     place: Place | None = None
-    text: TextStream | None = None
-    """Set once the prompt was read."""
     next_id: int | None = None
     """The token that was chosen and not read yet."""
-    num_sampled: int = 0
-    num_unreported: int = 0
 
 
 class Scheduler:
-    """Runs the requests of one engine. `submit`, `cancel` and `load` may be called from any thread."""
+    """The runner of the engines in this process (see `Runner`)."""
 
     def __init__(self, engine: Engine, vocabulary: Vocabulary, eos_ids: frozenset[int], capacity: Capacity) -> None:
         self._engine, self._vocabulary, self._eos_ids, self._capacity = engine, vocabulary, eos_ids, capacity
@@ -134,11 +89,7 @@ class Scheduler:
             return Load(running, len(self._jobs) - running, sum(job.num_tokens for job in self._jobs))
 
     def submit(self, prompts: list[tuple[list[int], int]], sampling: Sampling, deliver: Deliver) -> Job:
-        """Admits a request: of each prompt its token ids, and how many tokens may be sampled behind them.
-
-        Raises:
-            ApiError: status 503, at once, when there is no room for it.
-        """
+        """See `Runner.submit`."""
         choices = sampling.num_choices
         job = Job(sampling, choices * sum(len(ids) + limit for ids, limit in prompts), deliver)
         for number, (token_ids, limit) in enumerate(prompts):
@@ -161,17 +112,15 @@ class Scheduler:
             self._condition.notify()
 
     def check_room(self, num_tokens: int) -> None:
-        """Raises `ApiError` with status 503 if a request of so many tokens is not taken now."""
+        """See `Runner.check_room`."""
         with self._condition:
             self._check_room(num_tokens)
 
+    def check(self) -> None:
+        """An engine in this process lives as long as it does."""
+
     def _check_room(self, num_tokens: int) -> None:
-        capacity = self._capacity
-        tokens = sum(job.num_tokens for job in self._jobs) + num_tokens
-        full = len(self._jobs) >= capacity.max_running + capacity.max_waiting
-        # A request that is larger than the bound on its own is taken when nothing else is there.
-        if full or (self._jobs and tokens > capacity.max_admitted_tokens):
-            raise unavailable("The server is overloaded; try again later.", "server_overloaded", retry_after_s=1)
+        self._capacity.check_room(len(self._jobs), sum(job.num_tokens for job in self._jobs), num_tokens)
 
     def _choice(self, job: Job, prompt: _Prompt, index: int, limit: int) -> _Choice:
         sampling = job.sampling
@@ -180,7 +129,9 @@ class Scheduler:
             generator.seed()
         else:
             generator.manual_seed((sampling.seed + index) % 2**63)
-        return _Choice(job, prompt, index, limit, Choosing(sampling.temperature, sampling.top_p, generator))
+        rule = Choosing(sampling.temperature, sampling.top_p, generator)
+        answer = Answer(self._vocabulary, self._eos_ids, sampling, index, prompt.token_ids, limit)
+        return _Choice(job, prompt, limit, rule, answer)
 
     # --- the thread ---
 
@@ -295,20 +246,12 @@ class Scheduler:
         return self._begin(choice)
 
     def _begin(self, choice: _Choice) -> bool:
-        """The prompt was read: repeats it if that is wanted. Returns whether there is a token to be chosen."""
-        token_ids, num_echoed = choice.prompt.token_ids, 0
-        if choice.job.sampling.echo:
-            stream = TextStream(self._vocabulary, (), [])
-            logprobs: list[TokenLogprob] | list[None] = choice.prompt.logprobs or [None] * len(token_ids)
-            parts = [stream.push(token_id, logprob) for token_id, logprob in zip(token_ids, logprobs, strict=True)]
-            parts.append(stream.finish())
-            text = "".join(text for text, _ in parts)
-            num_echoed = len(text)
-            self._emit(choice, text, [token for _, tokens in parts for token in tokens])
-        choice.text = TextStream(self._vocabulary, choice.job.sampling.stop, token_ids, offset=num_echoed)
-        if choice.limit == 0:
-            self._finish(choice, "length")
-        return choice.limit > 0
+        """The prompt was read. Returns whether there is a token to be chosen."""
+        for piece in choice.answer.begin(choice.prompt.logprobs):
+            self._add(choice.job, piece)
+        if choice.answer.ended:
+            self._finish(choice)
+        return not choice.answer.ended
 
     def _write(self, choices: list[_Choice], logits_NV: Tensor) -> None:
         """Chooses a token for each of the choices and adds it to their texts."""
@@ -327,37 +270,18 @@ class Scheduler:
                 self._push(choice, token_id, logprobs.get(row))
 
     def _push(self, choice: _Choice, token_id: int, logprob: TokenLogprob | None) -> None:
-        assert choice.text is not None
-        choice.num_sampled += 1
-        choice.num_unreported += 1
-        if token_id in self._eos_ids:
-            self._finish(choice, "stop")
-            return
-        text, tokens = choice.text.push(token_id, logprob)
-        if choice.text.stopped or choice.num_sampled == choice.limit:
-            self._finish(choice, "length", text, tokens)
-            return
-        if text or tokens:
-            self._emit(choice, text, tokens)
-        choice.next_id = token_id
+        piece = choice.answer.push(token_id, logprob)
+        if piece is not None:
+            self._add(choice.job, piece)
+        choice.next_id = None if choice.answer.ended else token_id
+        if choice.answer.ended:
+            self._finish(choice)
 
-    def _finish(
-        self, choice: _Choice, reason: FinishReason, text: str = "", tokens: list[TokenLogprob] | None = None
-    ) -> None:
-        assert choice.text is not None
-        rest, rest_tokens = choice.text.finish()
-        # Text that was held back can turn out to hold a stop text only when a character was left unfinished.
-        reason = "stop" if choice.text.stopped else reason
-        self._emit(choice, text + rest, [*(tokens or []), *rest_tokens], reason)
-        choice.next_id = None
+    def _finish(self, choice: _Choice) -> None:
         self._leave(choice)
         choice.job.unfinished.remove(choice)
         if not choice.job.unfinished:
             self._end(choice.job)
-
-    def _emit(self, choice: _Choice, text: str, tokens: list[TokenLogprob], reason: FinishReason | None = None) -> None:
-        self._add(choice.job, Piece(choice.index, text, tokens, choice.num_unreported, reason))
-        choice.num_unreported = 0
 
     # --- leaving ---
 
