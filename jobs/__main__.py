@@ -233,7 +233,7 @@ def serve(
         from cluster.champions import database_url
         from cluster.connection import connect
         from cluster.errors import ConfigError
-        from jobs.serve import check_champion, serve_until_interrupted
+        from jobs.serve import check_champion, check_engine, serve_until_interrupted
         from services.endpoint.client import check_port_free
 
         if config is None:
@@ -244,6 +244,7 @@ def serve(
         loaded = _load(Path(config), overrides)
         check_address(loaded.serve.host, database_url(loaded.state_directory))
         check_champion(loaded)
+        check_engine(loaded.serve, loaded.cluster)
         if not loaded.cluster.resolved_address():  # a cluster may have a Serve there, for us to use
             check_port_free(loaded.serve.host, loaded.serve.port)
         with connect(loaded.cluster):

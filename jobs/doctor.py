@@ -30,6 +30,7 @@ from jobs.examining.services import (
     check_storage,
     check_teacher,
     check_tracking,
+    check_vllm,
 )
 from jobs.preflight import wanted_gpus
 from jobs.submit import submit, submit_doctor
@@ -80,6 +81,7 @@ def _examine_services(where: str, config: RunConfig) -> list[Check]:
         *guarded(where, "MLflow", lambda: check_tracking(where, state, lost)),
         *guarded(where, "champions", lambda: check_database(where, state, lost)),
         *guarded(where, "endpoint keys", lambda: check_endpoint(where, config)),
+        *guarded(where, "endpoint's vLLM", lambda: check_vllm(where, config)),
         *guarded(where, "endpoint's teacher", lambda: check_teacher(where, config)),
     ]
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from cluster.api_keys import has_keys, temporary_key
 from cluster.champions import database_url, find_champion
+from cluster.connection import ClusterConfig
 from cluster.crowning import settle
+from cluster.environments import vllm_problem
 from cluster.errors import ConfigError, CorruptArtifact
 from cluster.pools import actor_options
 from cluster.published import check_version_files, read_through
@@ -60,6 +62,18 @@ def check_champion(config: RunConfig) -> None:
             f"model {config.model_name}: its champion, version {champion.version}, cannot be served ({error}); repair "
             "its files, go back with `raystill rollback`, or put another in its place with `raystill promote`"
         ) from error
+
+
+def check_engine(config: EndpointConfig, cluster: ClusterConfig) -> None:
+    """Looks for vLLM if the config names it; only where the replicas run on this machine.
+
+    Raises:
+        ConfigError: it is not there; the message has the line that installs it.
+    """
+    if config.vllm_python is None or cluster.resolved_address():
+        return
+    if (problem := vllm_problem(config.vllm_python)) is not None:
+        raise ConfigError(problem)
 
 
 def serve_until_interrupted(config: RunConfig, say: Any) -> None:

@@ -15,6 +15,7 @@ from cluster.config import apply_override, validate
 from cluster.connection import ClusterConfig, connect
 from cluster.errors import ConfigError
 from cluster.model_directory import Kind, ModelDirectory, read_model_directory
+from jobs.serve import check_engine
 from services.endpoint.client import check_port_free, start_directory, stop_endpoint
 from services.endpoint.schema import DirectoryArguments, EndpointConfig
 
@@ -67,6 +68,7 @@ def name_of(model: str) -> str:
 def serve_directory(arguments: DirectoryArguments, found: ModelDirectory, say: Callable[[str], Any]) -> None:
     """Keeps the endpoint up until SIGINT or SIGTERM."""
     cluster = ClusterConfig()
+    check_engine(arguments, cluster)
     if not cluster.resolved_address():  # a cluster may have a Serve there, for us to use
         check_port_free(arguments.host, arguments.port)
     say(

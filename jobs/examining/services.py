@@ -13,6 +13,7 @@ from sqlalchemy import make_url
 
 from cluster.api_keys import has_keys, is_loopback
 from cluster.champions import database_url, open_database
+from cluster.environments import vllm_problem
 from cluster.errors import StorageError
 from cluster.storage import LocalStorage, open_storage
 from cluster.tracking import refused_write, tracking_uri
@@ -147,6 +148,18 @@ def check_endpoint(where: str, config: RunConfig) -> Iterator[Check]:
     else:
         fix = "make one with `raystill keys create CONFIG`, or set serve.host=127.0.0.1"
         yield Check(where, "endpoint keys", "failure", f"serve.host={host} and no keys", fix)
+
+
+def check_vllm(where: str, config: RunConfig) -> Iterator[Check]:
+    """Whether vLLM is where the config says. A run itself needs it only to ask the endpoint its question."""
+    if config.serve.vllm_python is None:
+        return
+    problem = vllm_problem(config.serve.vllm_python)
+    if problem is None:
+        yield Check(where, "endpoint's vLLM", "ok", f"{config.serve.vllm_python} has it")
+    else:
+        found, _, install = problem.partition(": ")
+        yield Check(where, "endpoint's vLLM", "failure", f"serve.{found}", f"{install}, or leave it out")
 
 
 def check_teacher(where: str, config: RunConfig) -> Iterator[Check]:

@@ -2,11 +2,10 @@
 
 import importlib.util
 import platform
-import shutil
-import subprocess
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cluster.environments import environment_problem
 from cluster.errors import ConfigError
 from cluster.model_directory import architecture_kind
 from jobs.quantization.config import QuantizationScheme, QuantizeConfig
@@ -119,16 +118,9 @@ def llmcompressor_problem(python: str | None) -> str | None:
             f"it needs llm-compressor in an environment of its own: {_INSTALL}, then "
             "quantize.llmcompressor_python=ENV/bin/python"
         )
-    if shutil.which(python) is None:
-        return f"quantize.llmcompressor_python={python} is no program: {_INSTALL}"
-    done = subprocess.run(
-        [python, "-c", "import importlib.metadata as m; print(m.version('llmcompressor'))"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    if done.returncode != 0:
-        return f"quantize.llmcompressor_python={python} has no llm-compressor: {_INSTALL}"
+    option = "quantize.llmcompressor_python"
+    if (problem := environment_problem(option, python, "llm-compressor", "llmcompressor", _INSTALL)) is not None:
+        return problem
     if importlib.util.find_spec("compressed_tensors") is None:
         return "transformers reads it back with compressed-tensors: pip install 'raystill[gptq]'"
     return None

@@ -93,6 +93,9 @@ class EncoderModel:
         running = min(_THREADS, self._work.num_admitted)
         return Load(running, self._work.num_admitted - running, 0)
 
+    def check(self) -> None:
+        """An encoder in this process lives as long as it does."""
+
     def start(self, work: Callable[[Callable[[], bool]], Iterator[str]]) -> Working[str]:
         """Queues work with this model (`pool.WorkPool.start`)."""
         return self._work.start(work)

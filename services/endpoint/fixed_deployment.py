@@ -19,12 +19,13 @@ from services.endpoint.fixed import FixedModel
 from services.endpoint.metrics import RouterMetrics, VersionMetrics
 from services.endpoint.recording import put_recording_into
 from services.endpoint.schema import DirectoryArguments
+from services.endpoint.versions import HEALTH_CHECK_S
 
 _UNCOUNTED_REQUESTS = 64
 """Room above the decoding queue for health checks, lists, and requests on their way to a refusal."""
 
 
-@serve.deployment(graceful_shutdown_timeout_s=60)
+@serve.deployment(graceful_shutdown_timeout_s=60, health_check_period_s=HEALTH_CHECK_S)
 @serve.ingress()
 class DirectoryEndpoint:
     """A replica: the directory's model, threads that compute, the HTTP interface, and what Prometheus is told of it."""
@@ -36,6 +37,11 @@ class DirectoryEndpoint:
         self._arguments = DirectoryArguments.model_validate(arguments)
         torch.set_num_threads(self._arguments.threads_per_replica or threads_beside_serve(self._arguments.replicas))
         self._model = FixedModel(self._arguments)
+
+    def check_health(self) -> None:
+        """Asked by Serve, which replaces a replica whose model will never answer again."""
+        assert self._model.served is not None
+        self._model.served.model.check()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the constructor is done."""
@@ -61,6 +67,10 @@ def app(args: dict[str, Any]) -> Application:
     deployment = DirectoryEndpoint.options(  # type: ignore[attr-defined]  # the decorator makes it a Deployment
         num_replicas=arguments.replicas,
         max_ongoing_requests=arguments.max_running + arguments.max_waiting + _UNCOUNTED_REQUESTS,
-        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": process_environment()}},
+        ray_actor_options={
+            "num_cpus": 1,
+            "num_gpus": arguments.gpus_per_replica,
+            "runtime_env": {"env_vars": process_environment()},
+        },
     )
     return deployment.bind(arguments.model_dump())

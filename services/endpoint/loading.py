@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from cluster.model_directory import model_kind
-from cluster.resources import threads_each
+from cluster.resources import threads_beside_serve, threads_each
 from services.endpoint.encoders import EncoderModel
+from services.endpoint.engines.vllm import VllmSettings
 from services.endpoint.model import Capacity, ServedModel
 from services.endpoint.schema import EndpointConfig
 
@@ -25,5 +26,12 @@ def load_model(directory: Path, config: EndpointConfig) -> AnyModel:
         lengths = (config.max_context_tokens, config.max_new_tokens)
         # onnxruntime hands work out in small pieces: it gains by a core of which Serve takes a part, where torch waits.
         threads = config.threads_per_replica or threads_each(config.replicas)
-        return ServedModel(directory, *lengths, capacity, config.dtype, graph_threads=threads)
+        return ServedModel(directory, *lengths, capacity, config.dtype, graph_threads=threads, vllm=_vllm(config))
     return EncoderModel(directory, kind, config.max_context_tokens, config.max_running + config.max_waiting)
+
+
+def _vllm(config: EndpointConfig) -> VllmSettings | None:
+    if config.vllm_python is None:
+        return None
+    threads = config.threads_per_replica or threads_beside_serve(config.replicas)
+    return VllmSettings(config.vllm_python, config.gpus_per_replica, threads)

@@ -14,8 +14,9 @@ from cluster.published import MANIFEST
 from services.endpoint.decoding import Piece, Vocabulary
 from services.endpoint.engines.base import Engine, Read
 from services.endpoint.engines.loading import load_engine
-from services.endpoint.engines.requests import NOT_FINITE, Capacity, Load
+from services.endpoint.engines.requests import NOT_FINITE, Capacity, Load, Runner, too_few_outputs
 from services.endpoint.engines.scheduler import Scheduler
+from services.endpoint.engines.vllm import VllmRunner, VllmSettings, decodes
 from services.endpoint.errors import invalid
 from services.endpoint.running import Running
 from services.endpoint.schema import ChatMessage, Sampling
@@ -40,6 +41,7 @@ class ServedModel:
         capacity: Capacity | None = None,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         graph_threads: int | None = None,
+        vllm: VllmSettings | None = None,
     ) -> None:
         """Loads a directory whose files were verified, and reads one token to see that it works.
 
@@ -47,6 +49,7 @@ class ServedModel:
             dtype: of the weights and the arithmetic of a torch model; `auto` is that of the files where the processor
                 multiplies it, and float32 elsewhere. ONNX graphs have their own.
             graph_threads: of an ONNX graph; by default torch's number.
+            vllm: decodes what it can; the rest keeps our engines.
 
         Raises:
             ModelError: the directory cannot be served; the message says why.
@@ -59,11 +62,16 @@ class ServedModel:
         self.max_context_tokens = min([max_context_tokens, *(limit for limit in limits if isinstance(limit, int))])
         self.max_new_tokens = max_new_tokens
         capacity = capacity or Capacity()
+        eos_ids = _eos_ids(directory, config, self.tokenizer)
+        self._scheduler: Runner
+        if vllm is not None and decodes(directory, self.scheme):
+            of_text = (self.vocabulary, eos_ids)
+            self._scheduler = VllmRunner(directory, vllm, *of_text, capacity, self.max_context_tokens, dtype)
+            return
         # A choice that fills the context must find room at least when it is alone.
         max_cached_tokens = max(capacity.max_cached_tokens, self.max_context_tokens)
         engine = load_engine(directory, self.scheme, dtype, max_cached_tokens, graph_threads)
         _check_outputs(engine, self.vocabulary.size)
-        eos_ids = _eos_ids(directory, config, self.tokenizer)
         self._scheduler = Scheduler(engine, self.vocabulary, eos_ids, capacity)
 
     # --- prompts ---
@@ -141,6 +149,10 @@ class ServedModel:
         """What is running and waiting now."""
         return self._scheduler.load
 
+    def check(self) -> None:
+        """Raises `ModelError` if it will never answer again."""
+        self._scheduler.check()
+
     def check_room(self) -> None:
         """Raises `ApiError` with status 503 if no request is taken now, before its tokens are counted."""
         self._scheduler.check_room(0)
@@ -185,10 +197,7 @@ def _check_outputs(engine: Engine, vocabulary_size: int) -> None:
     logits_NV = engine.forward([Read(place, [0])])
     engine.release(place)
     if logits_NV.shape[-1] < vocabulary_size:
-        raise ModelError(
-            f"the model has {logits_NV.shape[-1]} outputs, its tokenizer {vocabulary_size} tokens: "
-            "register the student with the tokenizer that it was trained with"
-        )
+        raise too_few_outputs(logits_NV.shape[-1], vocabulary_size)
     if not torch.isfinite(logits_NV[:, :vocabulary_size]).all():
         raise ModelError(NOT_FINITE)
 

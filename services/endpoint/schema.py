@@ -5,6 +5,7 @@ not supported are refused unless they have their neutral value; keys nobody know
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -41,6 +42,11 @@ class EndpointConfig(Config):
     """Upper bound of texts in one request to an encoder."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of a torch version's weights and arithmetic; `auto` is that of its files where the processor multiplies it."""
+    vllm_python: str | None = execution(None, min_length=1)
+    """The Python of an environment with vLLM, which then decodes language models in safetensors (float versions, plain
+    directories, `compressed_tensors_w4a16`); ONNX graphs and torchao's int8 keep their engines."""
+    gpus_per_replica: float = execution(0, ge=0)
+    """GPUs for vLLM: a share of one, or several with a part of each layer; 0 for a CPU."""
     max_running: int = execution(16, ge=1)
     """Choices that a replica decodes at the same time."""
     max_waiting: int = execution(32, ge=0)
@@ -72,6 +78,23 @@ class EndpointConfig(Config):
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError("a base URL has no user, password, query or fragment; a key goes in RAYSTILL_TEACHER_KEY")
         return url.rstrip("/").removesuffix("/v1")
+
+    @field_validator("vllm_python")
+    @classmethod
+    def _lies_where_it_was_named(cls, python: str | None) -> str | None:
+        """A replica has another working directory. What a link points to would be another environment."""
+        return python if python is None or "/" not in python else str(Path(python).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _gpus_are_whole_and_for_vllm(self) -> Self:
+        if self.gpus_per_replica > 1 and self.gpus_per_replica % 1:
+            raise ValueError(f"gpus_per_replica={self.gpus_per_replica:g}: below 1, or a whole number")
+        if self.gpus_per_replica and self.vllm_python is None:
+            raise ValueError(
+                f"gpus_per_replica={self.gpus_per_replica:g} are for vLLM, and vllm_python is not set: our own engines "
+                "compute on CPUs"
+            )
+        return self
 
 
 class ServedArguments(EndpointConfig):

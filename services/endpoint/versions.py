@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 DEPLOYMENT = "Version"
 """Name of the deployment in every version's application: by this the applications are known."""
 
+HEALTH_CHECK_S = 2.0
+"""Between two questions whether a model still answers; Serve replaces a replica after three that failed."""
 _FLUSH_S = 0.02
 """Text of a stream that is ready within this time travels in one message. The first text is sent at once."""
 _COMPARED_TOKENS = 16
@@ -58,7 +60,9 @@ class OneVersion:
     problem: str | None = None
 
 
-@serve.deployment(name=DEPLOYMENT, graceful_shutdown_timeout_s=60, max_constructor_retry_count=1)
+@serve.deployment(
+    name=DEPLOYMENT, graceful_shutdown_timeout_s=60, max_constructor_retry_count=1, health_check_period_s=HEALTH_CHECK_S
+)
 class Version:
     """A replica of a version: its model with its engine, and the interface that answers."""
 
@@ -84,6 +88,10 @@ class Version:
         """What a router says about the version, and the requests in this replica's queue."""
         facts = {name: getattr(self._model, name, 0) for name in ("scheme", "max_context_tokens", "max_new_tokens")}
         return {**facts, "queue": self._queue()}
+
+    def check_health(self) -> None:
+        """Asked by Serve, which replaces a replica whose model will never answer again."""
+        self._model.check()
 
     def _queue(self) -> int:
         load = self._model.load
@@ -258,6 +266,7 @@ class VersionApplications:
             max_ongoing_requests=arguments.max_running + arguments.max_waiting + _UNCOUNTED_REQUESTS,
             ray_actor_options={
                 "num_cpus": 1,
+                "num_gpus": arguments.gpus_per_replica,
                 "runtime_env": {"env_vars": process_environment()},
                 **({"resources": arguments.resources} if arguments.resources else {}),
                 **({"label_selector": arguments.label_selector} if arguments.label_selector else {}),

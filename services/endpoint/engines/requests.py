@@ -8,11 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cluster.errors import ModelError
 from services.endpoint.decoding import Piece, TextStream, TokenLogprob, Vocabulary
 from services.endpoint.errors import unavailable
 from services.endpoint.schema import FinishReason, Sampling
 
 NOT_FINITE = "the model gave a logit that is not a finite number; retrain or register another version"
+
+
+def too_few_outputs(outputs: int, vocabulary_size: int) -> ModelError:
+    """A tokenizer that the model was not made for."""
+    return ModelError(
+        f"the model has {outputs} outputs, its tokenizer {vocabulary_size} tokens: "
+        "register the student with the tokenizer that it was trained with"
+    )
+
 
 END = object()
 """The last item that is delivered of a request."""
