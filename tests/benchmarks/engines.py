@@ -4,9 +4,11 @@ Every side writes 64 tokens behind each of 1 or 16 prompts of 32, greedily, and 
 with random weights, and SmolLM2-135M. In float32 and, where the processor multiplies it, bfloat16. Ours is the
 endpoint's scheduler with its engine; transformers is `generate` with all prompts in one batch, and its continuous
 batching; llama.cpp is its own benchmark program's rate for the same shapes, where `--llama-cpp` names its directory of
-programs (`llama-batched-bench`, and a GGUF file is written for it).
+programs (`llama-batched-bench`, and a GGUF file is written for it). vLLM is the one of the environment whose Python
+`--vllm` names, behind the endpoint's own side of it.
 """
 
+import argparse
 import json
 import subprocess
 import tempfile
@@ -31,7 +33,7 @@ SHAPE = {
 }
 
 RANDOM, SMOLLM2 = "Llama 8 x 512", "SmolLM2-135M"
-PEERS = ("transformers generate", "transformers continuous batching", "ONNX Runtime", "llama.cpp")
+PEERS = ("transformers generate", "transformers continuous batching", "ONNX Runtime", "llama.cpp", "vLLM")
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -72,6 +74,7 @@ def side(name: str, options: dict[str, Any]) -> Callable[[], dict[str, float] | 
         "transformers continuous batching": _continuous_batching,
         "ONNX Runtime": _onnx,
         "llama.cpp": _llama_cpp,
+        "vLLM": _vllm,
     }[peer]
     return start(options, prompts, getattr(torch, dtype))
 
@@ -100,15 +103,37 @@ def _onnx(options: dict[str, Any], prompts: list[list[int]], dtype: torch.dtype)
 
 def scheduled(engine: Any, directory: Path, prompts: list[list[int]]) -> Callable[[], None]:
     """The endpoint's scheduler without the endpoint."""
+    from services.endpoint.engines.requests import Capacity
+    from services.endpoint.engines.scheduler import Scheduler
+
+    return _runs(Scheduler(engine, _vocabulary(directory), frozenset(), Capacity()), prompts)
+
+
+def _vocabulary(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     from services.endpoint.decoding import Vocabulary
-    from services.endpoint.engines.requests import END, Capacity
-    from services.endpoint.engines.scheduler import Scheduler
-    from services.endpoint.schema import Sampling
 
-    vocabulary = Vocabulary(AutoTokenizer.from_pretrained(directory))
-    scheduler = Scheduler(engine, vocabulary, frozenset(), Capacity())
+    return Vocabulary(AutoTokenizer.from_pretrained(directory))
+
+
+def _vllm(options: dict[str, Any], prompts: list[list[int]], dtype: torch.dtype) -> Callable[[], None]:
+    from services.endpoint.engines.requests import Capacity
+    from services.endpoint.engines.vllm import VllmRunner, VllmSettings
+
+    directory = Path(options["directory"])
+    settings = VllmSettings(options["vllm"], threads=torch.get_num_threads())
+    named = str(dtype).removeprefix("torch.")
+    runner = VllmRunner(directory, settings, _vocabulary(directory), frozenset(), Capacity(), 512, named)
+    measure = _runs(runner, prompts)
+    measure.close = runner.end  # type: ignore[attr-defined]
+    return measure
+
+
+def _runs(runner: Any, prompts: list[list[int]]) -> Callable[[], None]:
+    """All prompts at once."""
+    from services.endpoint.engines.requests import END
+    from services.endpoint.schema import Sampling
 
     def measure() -> None:
         left = threading.Semaphore(0)
@@ -118,7 +143,7 @@ def scheduled(engine: Any, directory: Path, prompts: list[list[int]]) -> Callabl
                 left.release()
 
         for prompt in prompts:
-            scheduler.submit([(prompt, NEW_TOKENS)], Sampling(NEW_TOKENS, temperature=0), deliver)
+            runner.submit([(prompt, NEW_TOKENS)], Sampling(NEW_TOKENS, temperature=0), deliver)
         for _ in prompts:
             left.acquire()
 
@@ -183,15 +208,18 @@ def main() -> None:
     from cluster.language_model import cpu_has_bfloat16
     from jobs.quantization import onnx_float32
 
-    options = arguments(
-        __doc__ or "", lambda parser: parser.add_argument("--llama-cpp", help="directory with llama.cpp's programs")
-    )
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--llama-cpp", help="directory with llama.cpp's programs")
+        parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vLLM")
+
+    options = arguments(__doc__ or "", more)
     rows: list[list[str]] = []
     result: dict[str, Any] = {}
     for title, save in ((RANDOM, save_random),) if options.quick else ((RANDOM, save_random), (SMOLLM2, save_smollm2)):
         with tempfile.TemporaryDirectory(prefix="raystill-bench-") as name:
             directory = save(Path(name))
             left_out = {"llama.cpp"} if options.llama_cpp is None else set()
+            left_out |= {"vLLM"} if options.vllm is None else set()
             onnx_float32.quantize(str(directory), directory / "onnx")
             for dtype in ("float32", *(["bfloat16"] if cpu_has_bfloat16() else [])):
                 only_float = {"ONNX Runtime"} if dtype != "float32" else set()
@@ -219,7 +247,7 @@ def _compare(names: list[str], directory: Path, options: Any) -> dict[tuple[str,
     """Median seconds by side and number of sequences."""
     seconds = {}
     for count in (1, 16):
-        values = {"directory": str(directory), "rows": count, "llama_cpp": options.llama_cpp}
+        values = {"directory": str(directory), "rows": count, "llama_cpp": options.llama_cpp, "vllm": options.vllm}
         sides = [Side("tests.benchmarks.engines", name, values, OUR_SETTINGS) for name in names]
         take_turns(sides, options.repeats or 5)
         for item in sides:

@@ -207,6 +207,10 @@ class VllmRunner:
         if self._stopped is not None:
             raise ModelError(f"vLLM has stopped: {self._stopped}")
 
+    def end(self) -> None:
+        """Ends vLLM without waiting for it."""
+        self._program.end()
+
     # --- the choices; all with the lock ---
 
     def _check_room(self, num_tokens: int) -> None:

@@ -126,7 +126,7 @@ class Worker:
         outputs = await self._engine.collective_rpc("restrict_vocabulary", args=(settings["vocabulary"],))
         asked = {"id": -1, "token_ids": [0], "max_tokens": 1, "temperature": 0, "top_p": 1, "seed": None}
         async for output in self._outputs({**asked, "logprobs": 0, "prompt_logprobs": None}):
-            logprob = rows(output.outputs[0].logprobs)[0][0]
+            [[logprob, _]] = rows(output.outputs[0].token_ids, output.outputs[0].logprobs, 0)
         self._say({"ready": {"outputs": min(outputs), "logprob": logprob}})
 
     # --- what is asked ---
@@ -156,7 +156,6 @@ class Worker:
         names = ("max_tokens", "temperature", "top_p", "seed", "logprobs", "prompt_logprobs")
         params = SamplingParams(
             **{name: message[name] for name in names},
-            flat_logprobs=True,
             stop_token_ids=self._settings["eos_ids"],
             ignore_eos=True,  # which is none of its business
             detokenize=False,
@@ -172,10 +171,10 @@ class Worker:
             async for output in self._outputs(message):
                 choice = output.outputs[0]
                 said = {"id": number, "token_ids": list(choice.token_ids), "finished": choice.finish_reason}
-                if choice.logprobs is not None:
-                    said["logprobs"] = rows(choice.logprobs)
-                if output.prompt_logprobs:
-                    said["prompt_logprobs"] = rows(output.prompt_logprobs)[1:]
+                said["logprobs"] = rows(choice.token_ids, choice.logprobs, message["logprobs"])
+                if output.prompt_logprobs:  # the first token has none
+                    following = message["token_ids"][1:], output.prompt_logprobs[1:]
+                    said["prompt_logprobs"] = rows(*following, message["prompt_logprobs"])
                 self._say_soon(said)
         except EngineDeadError:
             pass  # seen by `serve`
@@ -203,12 +202,12 @@ class Worker:
             end()
 
 
-def rows(logprobs):
-    """Of vLLM's flat log-probabilities; a position without any, as the first of a prompt, is `[None, []]`."""
+def rows(token_ids, logprobs, num_top):
+    """Of vLLM's log-probabilities, which hold at each position the token's and those of the first ranks."""
     found = []
-    for start, stop in zip(logprobs.start_indices, logprobs.end_indices, strict=True):
-        values = list(zip(logprobs.token_ids[start:stop], logprobs.logprobs[start:stop], strict=True))
-        found.append([values[0][1] if values else None, values[1:]])
+    for token_id, position in zip(token_ids, logprobs, strict=True):
+        top = sorted((item.rank, index, item.logprob) for index, item in position.items() if item.rank <= num_top)
+        found.append([position[token_id].logprob, [[index, value] for _, index, value in top]])
     return found
 
 
