@@ -35,15 +35,15 @@ def byte_level_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def tiny_llama(tokenizer: Any, seed: int) -> LlamaForCausalLM:
+def tiny_llama(tokenizer: Any, seed: int, heads: int = 4) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer) + NUM_PADDING,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
         max_position_embeddings=512,
         initializer_range=0.4,
         bos_token_id=tokenizer.bos_token_id,
@@ -52,10 +52,10 @@ def tiny_llama(tokenizer: Any, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def save_version(directory: Path, seed: int = 0) -> LlamaForCausalLM:
+def save_version(directory: Path, seed: int = 0, heads: int = 4) -> LlamaForCausalLM:
     """Model and tokenizer files, without a manifest."""
     tokenizer = byte_level_tokenizer()
-    model = tiny_llama(tokenizer, seed)
+    model = tiny_llama(tokenizer, seed, heads)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return model

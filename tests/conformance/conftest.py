@@ -21,7 +21,7 @@ def _small(one_thread: None) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     """A random Llama: whatever bytes it says."""
     directory = tmp_path_factory.mktemp("tiny")
-    save_version(directory)
+    save_version(directory, heads=1)  # of a size that vLLM knows as well
     limits = {"max_context_tokens": 256, "max_new_tokens": 64, "max_choices": 8, "max_body_bytes": 1 << 16}
     with endpoint("tiny", directory, **limits) as running:
         yield running
@@ -31,7 +31,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     """The same with room for answers that take seconds."""
     directory = tmp_path_factory.mktemp("patient")
-    save_version(directory)
+    save_version(directory, heads=1)  # of a size that vLLM knows as well
     with endpoint("patient", directory, max_context_tokens=500, max_new_tokens=400) as running:
         yield running
 

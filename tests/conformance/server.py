@@ -1,9 +1,11 @@
 """The endpoint's HTTP interface on a real port of this process, around tiny models, so that real clients connect.
 
-What Ray Serve's proxy adds to every answer (the `x-request-id`) is added here by the same class of Ray's.
+What Ray Serve's proxy adds to every answer (the `x-request-id`) is added here by the same class of Ray's. Where
+RAYSTILL_CONFORMANCE_VLLM names the Python of an environment with vLLM, that decodes the language models.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -57,7 +59,8 @@ def endpoint(name: str, directory: Path, **fields: Any) -> Iterator[Endpoint]:
     """Serves a model directory; `fields` are those of `EndpointConfig`."""
     from ray.serve._private.http_util import RequestIdMiddleware
 
-    arguments = DirectoryArguments(model_name=name, directory=str(directory), **fields)
+    given = {"vllm_python": os.environ.get("RAYSTILL_CONFORMANCE_VLLM"), **fields}
+    arguments = DirectoryArguments(model_name=name, directory=str(directory), **given)
     fixed = FixedModel(arguments)
     with served(RequestIdMiddleware(build_api(arguments, fixed))) as url:
         yield Endpoint(url, name, fixed, arguments)

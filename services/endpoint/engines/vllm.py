@@ -143,11 +143,17 @@ class VllmRunner:
         threading.Thread(target=_read, args=(answers, weakref.ref(self)), name="engine", daemon=True).start()
 
     def _wait_until_ready(self, answers: Any, start_s: float) -> None:
-        late = threading.Timer(start_s, self._program.kill)
+        too_late = threading.Event()
+
+        def give_up() -> None:
+            too_late.set()
+            self._program.kill()
+
+        late = threading.Timer(start_s, give_up)
         late.daemon = True
         late.start()
         said = next(answers, None)
-        if said is None and late.finished.is_set():
+        if said is None and too_late.is_set():
             raise ModelError(f"vLLM was not ready within {start_s:g} s; its last words are in the log")
         late.cancel()
         if said is None or "failed" in said:
