@@ -15,6 +15,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen": {"model_type": "qwen2"},
     "qwen3_tied": {"model_type": "qwen3", "tie_word_embeddings": True},
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},
+    "gemma3": {"model_type": "gemma3_text", "pad_token_id": 0},
     "glm": {"model_type": "glm", "pad_token_id": 0, "head_dim": 16},
     "gemma2_soft_cap": {"model_type": "gemma2", "final_logit_softcapping": 2.0, "head_dim": 16},
     "cohere_logit_scale": {"model_type": "cohere", "logit_scale": 0.25, "pad_token_id": 0},

@@ -14,9 +14,10 @@ mask is not 0: rows of different lengths stand next to each other, each from the
 
 `logits_from`, which need not be given, is the first of the T tokens whose logits are wanted; by default all are.
 
-Families whose cache is not one pair of keys and values for each layer (sliding windows, recurrent states, values of
-another width than keys), or whose heads are not a multiple of 8 wide, become a graph of `input_ids` and `position_ids`
-alone: right for scoring, while generating reads everything anew each time.
+A layer with a sliding window keeps all keys and values and attends to the last. Families whose cache is not one pair of
+them for each layer (recurrent states, chunks, values of another width than keys), or whose heads are not a multiple of
+8 wide, become a graph of `input_ids` and `position_ids` alone: right for scoring, while generating reads everything
+anew each time.
 
 Axes: B rows, T new tokens, P past tokens, S = P + T, Q heads of queries, H heads of keys and values, D width of a head,
 V vocabulary.
@@ -42,14 +43,19 @@ _WIDTH_UNIT = 8
 
 
 def has_plain_cache(config: Any) -> bool:
-    """Whether a decoder keeps one pair of keys and values for each layer, of all tokens."""
+    """Whether a decoder keeps one pair of keys and values for each layer; of a window only the last ones count."""
     config = config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return set(kinds) == {"full_attention"}
-    window, longest = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", 0)
+    kinds = set(getattr(config, "layer_types", None) or [])
     recurrent = ("mamba", "rwkv", "ssm", "recurrent", "xlstm", "zamba", "jamba", "bamba")
-    return (window is None or window >= longest) and not any(name in config.model_type for name in recurrent)
+    return kinds <= {"full_attention", "sliding_attention"} and not any(name in config.model_type for name in recurrent)
+
+
+def _windows(config: Any) -> list[int | None]:
+    """How many tokens back each layer sees, itself included; None sees all."""
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 class Decoder(nn.Module):
@@ -67,7 +73,7 @@ class Decoder(nn.Module):
         past: list[Tensor],
         logits_from: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        cache = _Cache(input_ids_BT, attention_mask_BS, past)
+        cache = _Cache(self.model.config, input_ids_BT, attention_mask_BS, past)
         first: Any = 0 if logits_from is None else logits_from.item()
         torch._check(first >= 0)
         torch._check(first < input_ids_BT.shape[1])
@@ -114,7 +120,8 @@ class Reader(nn.Module):
 class _Cache:
     """What the layers of one call share: who sees whom, the keys and values given, those to be handed back."""
 
-    def __init__(self, input_ids_BT: Tensor, attention_mask_BS: Tensor, past: list[Tensor]) -> None:
+    def __init__(self, config: Any, input_ids_BT: Tensor, attention_mask_BS: Tensor, past: list[Tensor]) -> None:
+        self.windows = _windows(config)
         self.past = past
         self.present: list[Tensor] = []
         new = input_ids_BT.shape[1]
@@ -126,7 +133,8 @@ class _Cache:
         self.ends_B = torch.where(single, ends_B.clamp_min(1), self.total)
         slots_BT = self.ends_B[:, None] - new + torch.arange(new)
         same_BTS = attention_mask_BS.gather(1, slots_BT)[:, :, None] == attention_mask_BS[:, None, :]
-        self.sees_BTS = same_BTS & (slots_S <= slots_BT[:, :, None])
+        self.back_BTS = slots_BT[:, :, None] - slots_S
+        self.sees_BTS = same_BTS & (self.back_BTS >= 0)
         self.bias_B1TS = torch.where(same_BTS, 0.0, torch.finfo(torch.float32).min)[:, None]
 
     def transformers_cache(self) -> Any:
@@ -146,14 +154,31 @@ class _Cache:
         return Cache(layers=layers)
 
     def attend(
-        self, layer: int, query_BQTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float, softcap: float
+        self,
+        layer: int,
+        query_BQTD: Tensor,
+        key_BHTD: Tensor,
+        value_BHTD: Tensor,
+        scale: float,
+        softcap: float,
+        window: int | None,
     ) -> Tensor:
-        """Writes a layer's new keys and values behind its past, and attends to all; [B, T, Q, D]."""
+        """Writes a layer's new keys and values behind its past, and attends to those within the window; [B, T, Q, D].
+
+        Raises:
+            _OtherWindow: the config says another one.
+        """
+        if window != self.windows[layer]:
+            raise _OtherWindow
         attention = _exported_attention if torch.compiler.is_exporting() else _attention
         keys, values = self.past[2 * layer : 2 * layer + 2]
-        found, *present = attention(self, query_BQTD, key_BHTD, value_BHTD, keys, values, scale, softcap)
+        found, *present = attention(self, query_BQTD, key_BHTD, value_BHTD, keys, values, scale, softcap, window)
         self.present += present
         return found
+
+
+class _OtherWindow(Exception):
+    """A layer attends to another window than the config says, which a text within both would not show."""
 
 
 _cache_in_use: ContextVar[_Cache] = ContextVar("cache")
@@ -176,13 +201,14 @@ def cached_attention(
     attention_mask: Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
+    sliding_window: int | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls while a `Decoder` runs; its mask is the cache's own."""
     scale = query_BQTD.shape[-1] ** -0.5 if scaling is None else float(scaling)
     cache = _cache_in_use.get()
-    found = cache.attend(module.layer_idx, query_BQTD, key_BHTD, value_BHTD, scale=scale, softcap=softcap or 0.0)
-    return found, None
+    new = (query_BQTD, key_BHTD, value_BHTD)
+    return cache.attend(module.layer_idx, *new, scale=scale, softcap=softcap or 0.0, window=sliding_window), None
 
 
 def _attention(
@@ -194,6 +220,7 @@ def _attention(
     past_value_BHPD: Tensor,
     scale: float,
     softcap: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `_exported_attention` stands for, in torch, of a past without room behind it."""
     key_BHSD = torch.cat([past_key_BHPD, key_BHTD], 2)
@@ -202,7 +229,8 @@ def _attention(
     scores = query_BQTD @ key_BHSD.repeat_interleave(shared, 1).transpose(2, 3) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    shares = torch.softmax(scores.masked_fill(~cache.sees_BTS[:, None], torch.finfo(scores.dtype).min), -1)
+    sees_BTS = cache.sees_BTS if window is None else cache.sees_BTS & (cache.back_BTS < window)
+    shares = torch.softmax(scores.masked_fill(~sees_BTS[:, None], torch.finfo(scores.dtype).min), -1)
     found = (shares @ value_BHSD.repeat_interleave(shared, 1)).transpose(1, 2)
     return found, key_BHSD, value_BHSD
 
@@ -216,6 +244,7 @@ def _exported_attention(
     past_value_BHPD: Tensor,
     scale: float,
     softcap: float,
+    window: int | None,
 ) -> tuple[Tensor, ...]:
     """onnxruntime's GroupQueryAttention, which knows causality and the rows' lengths; the numbers are its bias."""
     rows, heads, new, width = query_BQTD.shape
@@ -233,7 +262,13 @@ def _exported_attention(
             None,
             cache.bias_B1TS,
         ),
-        {"num_heads": heads, "kv_num_heads": groups, "scale": scale, "softcap": softcap},
+        {
+            "num_heads": heads,
+            "kv_num_heads": groups,
+            "scale": scale,
+            "softcap": softcap,
+            "local_window_size": -1 if window is None else window,
+        },
         dtypes=(torch.float32,) * 3,
         shapes=((rows, new, heads * width), *(((rows, groups, cache.total, width),) * 2)),
         version=1,
@@ -254,6 +289,7 @@ def decoder_of(model: Any) -> Decoder | Reader:
             f"onnx: {type(model).__name__} has an attention of its own; leave the onnx schemes out of quantize.schemes"
         )
     token_ids_2T = torch.arange(3, 17).reshape(2, 7) % model.config.get_text_config().vocab_size
+    before = model.config._attn_implementation
     with torch.no_grad():
         expected = model(input_ids=token_ids_2T, use_cache=False).logits
         if not has_plain_cache(model.config) or not _fits_the_operator(model, token_ids_2T):
@@ -262,11 +298,14 @@ def decoder_of(model: Any) -> Decoder | Reader:
         model.set_attn_implementation(_CACHED)
         decoder = Decoder(model).eval()
         problem = _difference(decoder, token_ids_2T, expected)
-    if problem is not None:
-        raise QuantizationFailed(
-            f"onnx: {type(model).__name__} with a cache {problem}; leave the onnx schemes out of quantize.schemes"
-        )
-    return decoder
+    if problem is None:
+        return decoder
+    if any(_windows(model.config)):
+        model.set_attn_implementation(before)
+        return Reader(model).eval()
+    raise QuantizationFailed(
+        f"onnx: {type(model).__name__} with a cache {problem}; leave the onnx schemes out of quantize.schemes"
+    )
 
 
 def _fits_the_operator(model: Any, token_ids_2T: Tensor) -> bool:
@@ -288,7 +327,10 @@ def _difference(decoder: Decoder, token_ids_2T: Tensor, expected_2TV: Tensor) ->
         return bool((found - exact).abs().max() > _TOLERANCE * exact.abs().max().clamp_min(1e-6))
 
     empty = _empty_past(decoder.model.config, 2)
-    first, *past = decoder(token_ids_2T[:, :4], ones[:, :4], positions_2T[:, :4], empty)
+    try:
+        first, *past = decoder(token_ids_2T[:, :4], ones[:, :4], positions_2T[:, :4], empty)
+    except _OtherWindow:
+        return "has other windows than its config says"
     rest = decoder(token_ids_2T[:, 4:], ones, positions_2T[:, 4:], past)[0]
     if differ(torch.cat([first, rest], 1), expected_2TV):
         return "computes other logits than without"

@@ -1,7 +1,7 @@
 """The float student as an ONNX graph, run by onnxruntime: nothing is rounded. On a CPU it decodes faster than torch.
 
 A decoder's graph keeps a cache, so that it can generate (`jobs.quantization.onnx_decoder` says what goes in and out).
-That of a family with sliding windows or recurrent states has none: it generates more slowly than torch.
+That of a family with recurrent states has none: it generates more slowly than torch.
 """
 
 from pathlib import Path

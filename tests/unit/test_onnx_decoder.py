@@ -4,12 +4,12 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 
 from cluster.errors import QuantizationFailed
 from cluster.onnx_graph import CachedGraph
 from jobs.quantization import onnx_decoder
-from jobs.quantization.onnx_decoder import Decoder, Reader, decoder_of, has_plain_cache
+from jobs.quantization.onnx_decoder import Reader, decoder_of, has_plain_cache
 from jobs.quantization.onnx_export import export
 from tests import tiny
 
@@ -158,19 +158,46 @@ def test_tied_weights_are_stored_once(graph):
     assert weights <= graph.size < weights + 200_000
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "plain"),
-    [
-        ("llama", {}, True),
-        ("gpt2", {}, True),
-        ("gemma2_soft_cap", {}, False),
-        ("qwen", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, False),
-    ],
-)
-def test_families_with_windows_are_exported_without_a_cache(family, changes, plain):
-    model = tiny.model(family, **changes)
-    assert has_plain_cache(model.config) == plain
-    assert isinstance(decoder_of(model), Decoder if plain else Reader)
+WINDOWS = {
+    "gemma2_soft_cap": {"sliding_window": 8, "num_hidden_layers": 2, "attn_logit_softcapping": 3.0},
+    "qwen": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+    "gemma3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_layers_with_windows_keep_a_cache_and_see_no_further(family, tmp_path):
+    graph = Graph(tmp_path, family, **WINDOWS[family])
+    token_ids = np.random.default_rng(5).integers(1, tiny.VOCABULARY, 23)
+    cached = CachedGraph(graph.session)
+    caches = [np.full((1, cached.heads, 30, cached.width), np.nan, np.float32) for _ in range(cached.num_caches)]
+    found, start = [], 0
+    for end in (5, 7, 8, 9, 18, 20, *range(21, 24)):
+        mask, positions = np.ones((1, end), np.int64), np.arange(start, end)[None]
+        found.append(cached.run(token_ids[None, start:end], positions, mask, caches))
+        start = end
+    close(np.concatenate(found, 1), graph.logits_of(token_ids[None]))
+    # Together with a text of its own in one row, as texts are scored.
+    numbers = np.array([[1] * 23 + [2] * 12])
+    both = np.concatenate([token_ids, token_ids[:12]])[None]
+    packed, _ = graph.run(both, numbers, np.concatenate([np.arange(23), np.arange(12)])[None])
+    close(packed[0, 23:], graph.logits_of(token_ids[None, :12])[0])
+
+
+@pytest.mark.parametrize(("family", "plain"), [("llama", True), ("gemma3_text", True), ("mamba", False)])
+def test_recurrent_states_are_no_cache_of_keys_and_values(family, plain):
+    assert has_plain_cache(AutoConfig.for_model(family)) == plain
+
+
+def test_windows_that_the_config_does_not_tell_of_leave_the_cache_out(monkeypatch):
+    def blind(*arguments, sliding_window=None, **keywords):
+        return exact(*arguments, **keywords)
+
+    exact = onnx_decoder.cached_attention
+    monkeypatch.setattr(onnx_decoder, "cached_attention", blind)
+    model = tiny.model("qwen", **WINDOWS["qwen"])
+    assert isinstance(decoder_of(model), Reader)
+    assert model.config._attn_implementation != onnx_decoder._CACHED
 
 
 def test_heads_that_the_operator_does_not_take_are_exported_without_a_cache(tmp_path):
