@@ -73,6 +73,10 @@ class Engine:
         return lambda: next(copy.copy(numbers))
 
 
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return Engine(tmp_path_factory.mktemp("exported"))
@@ -145,9 +149,6 @@ def test_what_a_sequence_leaves_behind_reaches_no_other(engine: Engine) -> None:
 
 
 def test_memory_of_a_long_sequence_goes_back_with_it(exported: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
     if not Path("/proc/self/statm").exists():
         pytest.skip("how much memory a process has is read from /proc")
     monkeypatch.setattr(onnx_engine, "_KEPT_COLUMNS", 100)
@@ -162,6 +163,28 @@ def test_memory_of_a_long_sequence_goes_back_with_it(exported: Engine, monkeypat
         place.length = length
         engine.release(place)
         assert (full - resident() < 0.1 * size) if kept else (full - resident() > 0.9 * size)
+
+
+def test_memory_of_a_row_goes_back_when_a_long_sequence_moves_out_of_it(
+    exported: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("how much memory a process has is read from /proc")
+    monkeypatch.setattr(onnx_engine, "_KEPT_COLUMNS", 100)
+    engine = CachedEngine(open_session(exported.path, threads=1), max_cached_tokens=1 << 18)
+    short, long = engine.reserve(3), engine.reserve(102)
+    assert short is not None
+    assert long is not None
+    rows = [cache.rows[long.state] for cache in engine._caches]
+    for row in rows:
+        row[:] = 1.0
+    short.length, long.length = 2, 101
+    full, size = resident(), sum(row.nbytes for row in rows)
+    engine.forward([Read(long, [3])])
+    assert (short.state, long.state) == (1, 0)
+    assert full - resident() > 0.9 * size
+    assert all((cache.rows[0, :, :101] == 1).all() for cache in engine._caches)
+    assert all((cache.rows[1] == 0).all() for cache in engine._caches)
 
 
 def test_places_are_counted_in_tokens(engine: Engine) -> None:

@@ -203,7 +203,11 @@ class _Cache:
             self._memory.madvise(mmap.MADV_DONTNEED, row * self._row_bytes, self._row_bytes)
 
     def exchange(self, row: int, length: int, other: int, other_length: int) -> None:
-        """Lets two rows change places, of which so many columns are in use."""
-        kept = self.rows[row, :, :length].copy()
-        self.rows[row, :, :other_length] = self.rows[other, :, :other_length]
-        self.rows[other, :, :length] = kept
+        """Lets two rows change places, of which so many columns are in use. What a long one had goes back."""
+        lengths = {row: length, other: other_length}
+        kept = {number: self.rows[number, :, :columns].copy() for number, columns in lengths.items()}
+        for number, columns in lengths.items():
+            if columns > _KEPT_COLUMNS:
+                self.forget(number)
+        self.rows[row, :, :other_length] = kept[other]
+        self.rows[other, :, :length] = kept[row]
