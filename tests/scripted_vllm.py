@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 
-REFUSE, DIE, HANG, NAN, EARLY = range(2, 7)
+REFUSE, DIE, HANG, NAN, EARLY, NOTHING = range(2, 8)
 STEP_S = 0.005
 cancelled: set[int] = set()
 lock = threading.Lock()
@@ -30,6 +30,9 @@ def answer(asked: dict) -> None:
     number, prompt = asked["id"], asked["token_ids"]
     if prompt[0] == REFUSE:
         say({"id": number, "refused": "ValueError: no"})
+        return
+    if prompt[0] == NOTHING:
+        say({"id": number, "token_ids": [], "logprobs": [], "finished": "abort"})
         return
     for count in range(asked["max_tokens"]):
         time.sleep(STEP_S)

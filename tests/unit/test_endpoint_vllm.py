@@ -128,7 +128,10 @@ def test_numbers_that_are_none_end_the_answer(start: Start) -> None:
     assert len(good.wait().text) == 30
 
 
-@pytest.mark.parametrize(("first", "words"), [(scripted.REFUSE, "refused"), (scripted.EARLY, "ended an answer")])
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [(scripted.REFUSE, "refused"), (scripted.EARLY, "ended an answer"), (scripted.NOTHING, "ended an answer")],
+)
 def test_answer_that_the_program_does_not_give_is_an_error(start: Start, first: int, words: str) -> None:
     runner = start()
     found = ask(runner, [first, *ABC], 5).wait()

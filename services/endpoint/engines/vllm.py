@@ -298,7 +298,7 @@ class VllmRunner:
             raise ModelError(f"vLLM refused a request: {said['refused'][:300]}")
         pieces: list[Any] = []
         if not choice.begun:
-            if "prompt_logprobs" not in said and not said["token_ids"]:
+            if not (said["token_ids"] or said["finished"] or "prompt_logprobs" in said):
                 return []
             choice.begun = True
             rows = zip(choice.prompt_ids[1:], said.get("prompt_logprobs", []), strict=False)
