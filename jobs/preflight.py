@@ -116,7 +116,8 @@ def placed_together(
         training.append(demand("teacher.replicas", "teacher", teacher.replicas, threads.replica, teacher.num_gpus))
     together = [training]
     if answers:
-        together.append([demand("serve.replicas", "endpoint", config.serve.replicas, 1, 0)])
+        endpoint = config.serve
+        together.append([demand("serve.replicas", "endpoint", endpoint.replicas, 1, endpoint.gpus_per_replica)])
     if teacher is not None and teacher.train is not None:
         together.append([of_train("teacher.train", teacher.train, threads.teacher_worker)])
     return together

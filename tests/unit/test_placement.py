@@ -102,6 +102,8 @@ def test_run_asks_for_its_slots():
     assert (teachers.count, teachers.resources) == (2, {"CPU": 3, "teacher_slot": 1})
     assert teachers.labels == {"pool": "teacher"}
     assert endpoint.resources == {"CPU": 1, "endpoint_slot": 1}
+    with_gpus = made(serve={"vllm_python": "vllm", "gpus_per_replica": 0.5})
+    assert placed_together(with_gpus, pools, THREADS)[1][0].resources == {"CPU": 1, "GPU": 0.5, "endpoint_slot": 1}
     assert placed_together(made(), pools, THREADS, answers=False) == [[students, teachers]], (
         "training alone needs no endpoint"
     )
