@@ -15,7 +15,12 @@ def environment_problem(option: str, python: str, package: str, module: str, ins
     if shutil.which(python) is None:
         return f"{option}={python} is no program: {install}"
     asked = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
-    if subprocess.run([python, "-I", "-c", asked], capture_output=True, timeout=60).returncode != 0:
+    try:
+        done = subprocess.run([python, "-I", "-c", asked], capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no answer in 60 s"
+        return f"{option}={python} cannot be run ({reason}): {install}"
+    if done.returncode != 0:
         return f"{option}={python} has no {package}: {install}"
     return None
 

@@ -295,3 +295,13 @@ def test_config_says_where_vllm_is_and_on_how_many_gpus(monkeypatch: pytest.Monk
     ):
         with pytest.raises(ConfigError, match=words):
             validate(EndpointConfig, fields, "of the endpoint")
+
+
+def test_program_of_another_machine_is_refused_with_the_line_that_installs_it(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_bytes(b"\x7fELF of another processor")
+    python.chmod(0o755)
+    problem = vllm_problem(str(python))
+    assert problem is not None
+    assert problem.startswith(f"vllm_python={python} cannot be run (")
+    assert "pip install vllm" in problem
