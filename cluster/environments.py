@@ -14,13 +14,13 @@ def environment_problem(option: str, python: str, package: str, module: str, ins
     """
     if shutil.which(python) is None:
         return f"{option}={python} is no program: {install}"
-    asked = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    asked = f"import importlib.util; print(importlib.util.find_spec({module!r}) is not None)"
     try:
         done = subprocess.run([python, "-I", "-c", asked], capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = error.strerror if isinstance(error, OSError) else "no answer in 60 s"
         return f"{option}={python} cannot be run ({reason}): {install}"
-    if done.returncode != 0:
+    if done.stdout.strip() != b"True":
         return f"{option}={python} has no {package}: {install}"
     return None
 

@@ -60,8 +60,8 @@ class CachedGraph:
             raise ModelError(f"the ONNX graph has no output {missing[0]} for its input of keys and values")
         if _FIRST_LOGITS not in {item.name for item in session.get_overridable_initializers()}:
             raise ModelError(
-                "the ONNX graph cannot keep its keys and values in place, as one of an earlier version: "
-                "quantise the student again"
+                f"the ONNX graph cannot keep its keys and values in place (it has no input {_FIRST_LOGITS}), as one of "
+                "another program or of an earlier raystill: make it with raystill quantize"
             )
         _, self.heads, _, self.width = inputs[self._pasts[0]].shape
         self.num_caches = len(self._pasts)
@@ -90,8 +90,13 @@ class CachedGraph:
         if out is None:
             out = np.empty((rows, new - logits_from, self.vocab_size), np.float32)
         binding = self._session.io_binding()
-        given = {"input_ids": token_ids_BT, "position_ids": positions_BT, "attention_mask": mask_BS}
-        for name, value in (given | {_FIRST_LOGITS: np.array(logits_from)}).items():
+        given = {
+            "input_ids": token_ids_BT,
+            "position_ids": positions_BT,
+            "attention_mask": mask_BS,
+            _FIRST_LOGITS: np.array(logits_from),
+        }  # which owns this memory for as long as the graph runs
+        for name, value in given.items():
             binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(value))
         for past, present, cache in zip(self._pasts, self._presents, caches, strict=True):
             where = ("cpu", 0, np.float32, cache.shape, cache.__array_interface__["data"][0])

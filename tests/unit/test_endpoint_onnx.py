@@ -200,7 +200,7 @@ def test_graphs_whose_cache_cannot_stay_in_place_are_refused(tmp_path: Path, exp
     model = onnx.load(exported.path)
     [asked] = [item for item in model.graph.input if item.name == "logits_from"]
     model.graph.input.remove(asked)
-    for problem in ("of an earlier version", r"no output present\.1\.value"):
+    for problem in ("no input logits_from", r"no output present\.1\.value"):
         onnx.save(model, tmp_path / "model.onnx")
         with pytest.raises(ModelError, match=problem):
             CachedEngine(open_session(tmp_path / "model.onnx", threads=1), CAPACITY)

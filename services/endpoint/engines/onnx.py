@@ -11,13 +11,16 @@ Axes: B sequences of a run, R rows, H heads of keys and values, L columns, D wid
 a row with the new ones, V vocabulary.
 """
 
+import logging
 import mmap
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.errors import ModelError
 from cluster.onnx_graph import CachedGraph
 from services.endpoint.engines.base import Place, Read, TokenBudget
 
@@ -26,6 +29,10 @@ _ROWS = 16
 _KEPT_COLUMNS = 1024
 """A row that was shorter keeps its memory for the next sequence."""
 _FLOAT_BYTES = 4
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+"""Most of what is mapped is never written, so it need not be there; Python names the flag from 3.13 on."""
+
+logger = logging.getLogger(__name__)
 
 
 class _OnnxEngine:
@@ -82,13 +89,14 @@ class CachedEngine(_OnnxEngine):
         super().__init__(max_cached_tokens)
         self._graph = CachedGraph(session)
         self._places: list[Place | None] = [None] * _ROWS
-        self._caches = self._new_caches()
+        self._caches = self._new_caches(_ROWS)
 
     def reserve(self, num_tokens: int) -> Place | None:
         place = super().reserve(num_tokens)
         if place is not None:
-            if None not in self._places:
-                self._grow()
+            if None not in self._places and not self._grow():
+                super().release(place)
+                return None
             place.state = self._places.index(None)
             self._places[place.state] = place
         return place
@@ -118,7 +126,7 @@ class CachedEngine(_OnnxEngine):
                 self._read_alone(read, logits_NV[ends[number] - counts[number] : ends[number]])
         if shared:
             into = ends[shared] - 1
-            if len(shared) == into[-1] - into[0] + 1 and (np.diff(into) == 1).all():
+            if (np.diff(into) == 1).all():
                 self._read_together([reads[number] for number in shared], logits_NV[into[0] : into[-1] + 1])
             else:
                 found = np.empty((len(shared), self._graph.vocab_size), np.float32)
@@ -173,17 +181,23 @@ class CachedEngine(_OnnxEngine):
             if other is not None:
                 other.state = old
 
-    def _new_caches(self) -> list["_Cache"]:
-        shape = (len(self._places), self._graph.heads, self.max_cached_tokens, self._graph.width)
+    def _new_caches(self, rows: int) -> list["_Cache"]:
+        shape = (rows, self._graph.heads, self.max_cached_tokens, self._graph.width)
         return [_Cache(*shape) for _ in range(self._graph.num_caches)]
 
-    def _grow(self) -> None:
-        old, held = self._caches, [place for place in self._places if place is not None]
-        self._places += [None] * len(self._places)
-        self._caches = self._new_caches()
+    def _grow(self) -> bool:
+        """Makes room for twice as many sequences; False if the system has no address space for them."""
+        old, rows = self._caches, len(self._places)
+        try:
+            self._caches = self._new_caches(2 * rows)
+        except ModelError as error:
+            logger.warning("%s: no more than %d sequences at once", error, rows)
+            return False
         for source, cache in zip(old, self._caches, strict=True):
-            for place in held:
+            for place in filter(None, self._places):
                 cache.rows[place.state, :, : place.length] = source.rows[place.state, :, : place.length]
+        self._places += [None] * rows
+        return True
 
 
 class _Cache:
@@ -194,7 +208,14 @@ class _Cache:
         unit = mmap.PAGESIZE // _FLOAT_BYTES
         columns = -(-columns // unit) * unit
         self._row_bytes = heads * columns * width * _FLOAT_BYTES
-        self._memory = mmap.mmap(-1, rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        try:
+            self._memory = mmap.mmap(-1, rows * self._row_bytes, flags=flags)
+        except OSError as error:
+            raise ModelError(
+                f"keys and values of {rows} sequences of up to {columns:,} tokens have no room ({error.strerror}): "
+                "lower max_cached_tokens"
+            ) from error
         self.rows = np.frombuffer(self._memory, np.float32).reshape(rows, heads, columns, width)
 
     def forget(self, row: int) -> None:
