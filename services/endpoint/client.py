@@ -28,7 +28,7 @@ def start_endpoint(
     *,
     tracking: str = "",
     placement: Mapping[str, Any] | None = None,
-    timeout_s: float = 180.0,
+    timeout_s: float | None = None,
     blocking: bool = False,
 ) -> str:
     """Runs the endpoint on the connected Ray and waits until it serves; returns its base URL.
@@ -37,7 +37,8 @@ def start_endpoint(
         database: SQLAlchemy URL of the champions database, reachable from every node.
         tracking: MLflow's URI, likewise, where the end of a canary is written down; empty: only in the database.
         placement: `resources` and `label_selector` of each replica of a version.
-        timeout_s: how long to wait for the first champion to be loaded.
+        timeout_s: how long to wait for the first champion to be loaded; by default what its config
+            says (`loading_s`).
         blocking: return only when interrupted, and stop the endpoint then.
 
     Raises:
@@ -58,7 +59,7 @@ def start_endpoint(
         )
     serve.run(application, name=APP_NAME, route_prefix="/", blocking=False)
     url = base_url(config)
-    wait_healthy(url, timeout_s)
+    wait_healthy(url, timeout_s or config.loading_s)
     if blocking:
         try:
             while True:
@@ -78,6 +79,7 @@ def start_directory(arguments: DirectoryArguments, timeout_s: float = 600.0) -> 
     from ray import serve
 
     from services.endpoint.fixed_deployment import app
+    from services.endpoint.versions import application_failure
 
     application = app(arguments.model_dump())
     start_serve(arguments.host, arguments.port)
@@ -88,10 +90,10 @@ def start_directory(arguments: DirectoryArguments, timeout_s: float = 600.0) -> 
         )
     try:
         serve.run(application, name=APP_NAME, route_prefix="/", blocking=False)
-    except RuntimeError as error:  # the replica's constructor failed; Serve says how in its log
-        raise EndpointUnavailable(
-            f"endpoint: {arguments.directory} could not be loaded ({str(error).splitlines()[0]}); see the log"
-        ) from error
+    except RuntimeError as error:  # the replica's constructor failed, or it could not be started
+        said = str(application_failure(APP_NAME) or error).strip() or type(error).__name__
+        reason = said.splitlines()[-1]
+        raise EndpointUnavailable(f"endpoint: {arguments.directory} could not be loaded ({reason})") from error
     url = base_url(arguments)
     wait_healthy(url, timeout_s)
     return url

@@ -25,7 +25,7 @@ _UNCOUNTED_REQUESTS = 64
 """Room above the decoding queue for health checks, lists, and requests on their way to a refusal."""
 
 
-@serve.deployment(graceful_shutdown_timeout_s=60, health_check_period_s=HEALTH_CHECK_S)
+@serve.deployment(graceful_shutdown_timeout_s=60, max_constructor_retry_count=1, health_check_period_s=HEALTH_CHECK_S)
 @serve.ingress()
 class DirectoryEndpoint:
     """A replica: the directory's model, threads that compute, the HTTP interface, and what Prometheus is told of it."""

@@ -96,6 +96,11 @@ class EndpointConfig(Config):
             )
         return self
 
+    @property
+    def loading_s(self) -> float:
+        """How long a model may take to be loaded: vLLM compiles it too, and reads it from a slow disk if need be."""
+        return 180.0 if self.vllm_python is None else 1800.0
+
 
 class ServedArguments(EndpointConfig):
     """What the HTTP interface needs to know, wherever its model comes from."""

@@ -317,6 +317,12 @@ def failure_of(message: str) -> Exception:
     return VersionFailed(message[-500:])
 
 
+def application_failure(name: str) -> Exception | None:
+    """Why an application of the connected Serve could not be started, as its replica's constructor said."""
+    found = serve.status().applications.get(name)
+    return failure_of(_message(found)) if found is not None else None
+
+
 def _message(application: Any) -> str:
     return "\n".join([application.message, *(item.message for item in application.deployments.values())])
 

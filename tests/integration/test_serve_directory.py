@@ -14,7 +14,7 @@ import pytest
 
 from services.endpoint.client import wait_healthy
 from services.endpoint.errors import EndpointUnavailable
-from tests.endpoint_models import save_version
+from tests.endpoint_models import byte_level_tokenizer, save_version
 from tests.scripted_models import THINKER, THINKING_TEMPLATE, save_scripted
 
 pytestmark = pytest.mark.integration
@@ -66,6 +66,22 @@ def test_serve_model_answers_until_it_is_interrupted(command: list[str], tmp_pat
     assert "language model, version" in text
     body = next(line for line in text.splitlines() if "curl" in line)
     assert json.loads(body.partition(" -d ")[2].strip("'"))["model"] == "Thinker"
+
+
+def test_a_model_that_cannot_be_loaded_says_why(command: list[str], tmp_path: Path) -> None:
+    save_version(tmp_path / "model")
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens([f"~{number}" for number in range(500)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = ["serve", "--model", str(tmp_path / "model"), "--port", str(port)]
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "could not be loaded (" in last
+    assert "register the student with the tokenizer that it was trained with" in last
 
 
 @pytest.mark.parametrize(
