@@ -161,6 +161,11 @@ def wanted_gpus(config: RunConfig) -> tuple[float, float, float]:
     )
 
 
+def endpoint_gpus(config: RunConfig) -> float:
+    """GPUs for the endpoint, which has them when training is done."""
+    return config.serve.replicas * config.serve.gpus_per_replica
+
+
 def _wanted(place: str, train: TrainConfig, threads: int) -> dict[str, float]:
     count = least(train.num_workers)
     return {f"{place}.num_workers={count} x {threads} threads": count * threads}

@@ -25,6 +25,7 @@ from jobs.ledger import SUMMARY, Ledger, StageRecord
 from jobs.lock import only_one
 from jobs.preflight import check_cluster, check_config, check_records, check_shapes
 from jobs.progress import ConsoleProgress
+from jobs.serve import check_engine
 from jobs.stage import Run, Stage
 from jobs.stages import ALL_STAGES
 from services.endpoint.client import check_port_free, start_serve
@@ -68,6 +69,7 @@ def run(
     answers = any(stage.name == "serve" for stage in pending)
     if answers:
         check_address(config.serve.host, database_url(config.state_directory))
+        check_engine(config.serve, config.cluster)
     if any(stage.name in ("register", "promote") for stage in pending):
         check_records(config)
     if any(stage.name in ("teacher", "train") for stage in pending):

@@ -11,7 +11,7 @@ from cluster.champions import database_url, find_champion
 from cluster.connection import ClusterConfig
 from cluster.crowning import settle
 from cluster.environments import vllm_problem
-from cluster.errors import ConfigError, CorruptArtifact
+from cluster.errors import ConfigError, CorruptArtifact, PlacementError
 from cluster.pools import actor_options
 from cluster.published import check_version_files, read_through
 from cluster.tracking import tracking_uri
@@ -65,15 +65,28 @@ def check_champion(config: RunConfig) -> None:
 
 
 def check_engine(config: EndpointConfig, cluster: ClusterConfig) -> None:
-    """Looks for vLLM if the config names it; only where the replicas run on this machine.
+    """Looks for vLLM and its GPUs if the config names it; only where the replicas run on this machine.
 
     Raises:
         ConfigError: it is not there; the message has the line that installs it.
+        PlacementError: there are fewer GPUs, for which the replicas would wait without end.
     """
     if config.vllm_python is None or cluster.resolved_address():
         return
     if (problem := vllm_problem(config.vllm_python)) is not None:
         raise ConfigError(problem)
+    import torch
+
+    if (wanted := config.replicas * config.gpus_per_replica) > (available := torch.cuda.device_count()):
+        raise PlacementError(
+            f"asked for {wanted:g} GPUs (gpus_per_replica, for each replica of the endpoint), this machine has "
+            f"{available}: lower gpus_per_replica, or set cluster.address"
+        )
+
+
+def patience(config: EndpointConfig) -> str:
+    """What somebody who waits for a model to be loaded should know."""
+    return "" if config.vllm_python is None else "; vLLM takes some minutes"
 
 
 def serve_until_interrupted(config: RunConfig, say: Any) -> None:
@@ -81,6 +94,7 @@ def serve_until_interrupted(config: RunConfig, say: Any) -> None:
     stop = threading.Event()
     database, tracking = database_url(config.state_directory), tracking_uri(config.state_directory)
     placement = actor_options(config.cluster.active_pools, "endpoint")
+    say(f"{config.model_name}: starting the endpoint and loading the champion{patience(config.serve)}")
     url = start_endpoint(endpoint_config(config), config.model_name, database, tracking=tracking, placement=placement)
     say(f"{config.model_name} answers at {url}/v1 (Ctrl-C stops it); a page to look at and try it: {url}/")
     say("Try:")

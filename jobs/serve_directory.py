@@ -15,7 +15,7 @@ from cluster.config import apply_override, validate
 from cluster.connection import ClusterConfig, connect
 from cluster.errors import ConfigError
 from cluster.model_directory import Kind, ModelDirectory, read_model_directory
-from jobs.serve import check_engine
+from jobs.serve import check_engine, patience
 from services.endpoint.client import check_port_free, start_directory, stop_endpoint
 from services.endpoint.schema import DirectoryArguments, EndpointConfig
 
@@ -77,6 +77,7 @@ def serve_directory(arguments: DirectoryArguments, found: ModelDirectory, say: C
     )
     if found.left_alone:
         say(f"  not opened, since they may hold code: {', '.join(found.left_alone[:8])}")
+    say(f"starting the endpoint and loading the model{patience(arguments)}")
     with connect(cluster):
         stop = threading.Event()
         url = start_directory(arguments)

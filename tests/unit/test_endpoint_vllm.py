@@ -13,11 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.config import validate
+from cluster.connection import ClusterConfig
 from cluster.environments import vllm_problem
-from cluster.errors import ConfigError, ModelError
+from cluster.errors import ConfigError, ModelError, PlacementError
 from cluster.model_directory import read_json
+from jobs.serve import check_engine
 from services.endpoint.decoding import LOGPROB_FLOOR, Vocabulary, joined
 from services.endpoint.engines import vllm
 from services.endpoint.engines.requests import END, Capacity
@@ -283,6 +286,19 @@ def test_python_without_vllm_is_refused_with_the_line_that_installs_it(tmp_path:
     assert "pip install vllm" in problem
     with pytest.raises(ModelError, match=words):
         ServedModel(tmp_path, 100, 50, vllm=VllmSettings(python))
+
+
+def test_gpus_that_are_not_there_are_refused_before_anything_waits_for_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("jobs.serve.vllm_problem", lambda python: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for replicas, gpus in ((1, 1.0), (2, 0.5)):
+        check_engine(EndpointConfig(vllm_python="python", gpus_per_replica=gpus, replicas=replicas), ClusterConfig())
+    many = EndpointConfig(vllm_python="python", gpus_per_replica=1, replicas=2)
+    with pytest.raises(PlacementError, match=r"asked for 2 GPUs .* this machine has 1: lower gpus_per_replica"):
+        check_engine(many, ClusterConfig())
+    check_engine(many, ClusterConfig(address="10.0.0.1:6379"))  # which may have them, or get them
 
 
 def test_config_says_where_vllm_is_and_on_how_many_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
