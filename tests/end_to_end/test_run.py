@@ -166,6 +166,7 @@ def test_demo_serve_answers_the_openai_client_until_interrupted(demo):
     )
     try:
         assert process.stdout is not None
+        assert "loading the champion" in process.stdout.readline()
         assert f"127.0.0.1:{port}" in process.stdout.readline()
         import openai
 
