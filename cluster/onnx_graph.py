@@ -46,7 +46,7 @@ class CachedGraph:
     """A session whose graph has inputs and outputs for keys and values.
 
     Raises:
-        ModelError: it copies them at every token, as graphs did that were made by earlier versions, or lacks an output.
+        ModelError: it cannot keep them in place, as graphs of other programs and earlier versions, or lacks an output.
     """
 
     def __init__(self, session: Any) -> None:

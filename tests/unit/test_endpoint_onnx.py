@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import errno
 import itertools
 import mmap
 from collections.abc import AsyncGenerator, Callable
@@ -135,6 +136,22 @@ def test_more_sequences_than_rows_keep_what_they_have_read(engine: Engine) -> No
     for number, place in enumerate(places[:15]):
         engine.step((place, [number, number + 1]))
     engine.step(*((place, [number + 2]) for number, place in enumerate(places)))
+
+
+def test_without_address_space_for_more_rows_a_sequence_waits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    places = [engine.reserve(10) for _ in range(16)]
+    engine.step(*((place, [3]) for place in places))
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_engine.mmap, "mmap", full)
+        assert engine.engine.reserve(10) is None
+        with pytest.raises(ModelError, match=r"16 sequences .*Cannot allocate memory\): lower max_cached_tokens"):
+            engine.opened()
+    engine.engine.release(places[4])
+    places[4] = engine.reserve(50)  # all tokens that are left: the one that found no row took none
+    engine.step(*((place, [4]) for place in places))
 
 
 def test_what_a_sequence_leaves_behind_reaches_no_other(engine: Engine) -> None:
