@@ -258,6 +258,7 @@ def test_training_counts_what_goes_over_storage(prepared):
         assert sum(item[f"train/store_{what}"] for item in metrics) == outcome[f"store_{what}"]
     first = prepared[0] / "student/traffic/checkpoints/step-00000002"
     size = sum(path.stat().st_size for path in first.rglob("*"))
-    assert outcome["store_written_bytes"] > 2 * size  # of steps 0, 2 and 4; that of the last step comes after the count
-    assert outcome["store_read_bytes"] > (first / "model/model.safetensors").stat().st_size
+    model = (first / "model/model.safetensors").stat().st_size
+    assert outcome["store_written_bytes"] >= size + model  # of steps 2 and 0; the later ones may still be on their way
+    assert outcome["store_read_bytes"] > model
     assert outcome["store_retries"] == 0
