@@ -12,6 +12,7 @@ would end every Ray of the host.
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -71,7 +72,7 @@ def running(variables: dict[str, str] | None = None, **head: Any) -> Iterator[Ra
         variables: environment of every process of it, beside this one's.
         head: `num_cpus`, `resources`, `labels` of the head.
     """
-    with tempfile.TemporaryDirectory(prefix="rc-", dir="/tmp") as directory:  # sockets below it: their paths are short
+    with _directory() as directory:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})}
         environment.pop("RAY_ADDRESS", None)
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
@@ -95,6 +96,16 @@ def running(variables: dict[str, str] | None = None, **head: Any) -> Iterator[Ra
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextlib.contextmanager
+def _directory() -> Iterator[str]:
+    """A temporary directory; what Ray's last process writes while it is being removed is removed too."""
+    directory = tempfile.mkdtemp(prefix="rc-", dir="/tmp")  # sockets below it: their paths are short
+    try:
+        yield directory
+    finally:
+        wait_until(lambda: shutil.rmtree(directory, ignore_errors=True) or not Path(directory).exists(), 30, directory)
 
 
 def main() -> None:
