@@ -44,7 +44,7 @@ def test_key_is_found_and_only_its_hash_is_kept(database, tmp_path):
     assert len(text) == 57
     assert key_id(text.encode()) == made.id
     stored = (tmp_path / "champions.db").read_bytes()
-    secret = text.rpartition("-")[2]
+    secret = text.removeprefix(f"rs-{made.id}-")
     assert made.id.encode() in stored
     assert secret.encode() not in stored
     assert secret not in repr(found)
