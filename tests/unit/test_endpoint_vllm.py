@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.config import validate
+from cluster.config import load, validate
 from cluster.connection import ClusterConfig
 from cluster.environments import vllm_problem
 from cluster.errors import ConfigError, ModelError, PlacementError
 from cluster.model_directory import read_json
+from jobs.config import RunConfig
+from jobs.progress import ConsoleProgress
+from jobs.run import run
 from jobs.serve import check_engine
 from services.endpoint.decoding import LOGPROB_FLOOR, Vocabulary, joined
 from services.endpoint.engines import vllm
@@ -29,6 +32,7 @@ from services.endpoint.errors import ApiError
 from services.endpoint.model import ServedModel
 from services.endpoint.schema import EndpointConfig, Sampling
 from tests import scripted_vllm as scripted
+from tests import tiny
 from tests.endpoint_models import answer, byte_level_tokenizer, save_version
 from tests.unit.test_endpoint_engines import Collected, wait_until
 
@@ -286,6 +290,15 @@ def test_python_without_vllm_is_refused_with_the_line_that_installs_it(tmp_path:
     assert "pip install vllm" in problem
     with pytest.raises(ModelError, match=words):
         ServedModel(tmp_path, 100, 50, vllm=VllmSettings(python))
+
+
+def test_run_looks_for_vllm_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage = tmp_path / "storage"
+    written = tiny.run_config("small", tmp_path, storage=str(storage), serve={"vllm_python": "/nowhere/python"})
+    with pytest.raises(ConfigError, match="vllm_python=/nowhere/python is no program"):
+        run(load(RunConfig, written), ConsoleProgress(quiet=True))
+    assert not list(storage.rglob("*"))
 
 
 def test_gpus_that_are_not_there_are_refused_before_anything_waits_for_them(
