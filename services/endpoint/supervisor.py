@@ -25,7 +25,7 @@ from cluster.errors import CorruptArtifact, ModelError
 from services.endpoint.canary import Decision, Evidence, Observation, judge, prepare
 from services.endpoint.following import ChampionFollower, why_refused
 from services.endpoint.schema import CanaryConfig, EndpointArguments
-from services.endpoint.traffic import TEACHER, Reign, Route, RoutingTable
+from services.endpoint.traffic import TEACHER, ApplicationState, Reign, Route, RoutingTable
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +48,12 @@ class Applications(Protocol):
 
     def name_of(self, version: Champion) -> str: ...
 
-    def states(self) -> dict[str, tuple[str, str]]:
-        """Serve's word and message, by name."""
+    def states(self) -> dict[str, ApplicationState]:
+        """What Serve says of each, by name."""
 
     def start(self, version: Champion) -> None: ...
 
     def route(self, version: Champion) -> Route: ...
-
-    def running(self, name: str) -> int:
-        """Replicas that run."""
 
     def queue(self, name: str) -> int:
         """Requests that run or wait there."""
@@ -135,6 +132,8 @@ class Supervisor:
         """A challenger that was asked for and does not run yet, and since when."""
         self._alone_since: dict[str, float] = {}
         """Applications in the table that have no replica, and since when."""
+        self._said: dict[str, ApplicationState] | None = None
+        """What Serve answered in this poll; None before it was asked, and after it was told to change something."""
         self._told: tuple[int, int] | None = None
         """Promotion and revision of the canary that MLflow was last told of."""
         self._previous: Route | None = None
@@ -190,12 +189,22 @@ class Supervisor:
     def poll(self) -> None:
         """Looks at the rows, starts and ends what they ask for, and writes decisions down. Never raises."""
         self.urgent.clear()
+        self._said = None
         follow = (self._follow_champion, self._follow_canary)
         for work in (self._write_decision, *follow, self._tell_registry, self._sweep, self._read_queues):
             try:
                 work()
             except Exception as error:  # a database or a controller that is away comes back; the table stays
                 logger.warning("The supervisor could not %s: %s", work.__name__.strip("_").replace("_", " "), error)
+
+    def _states(self) -> dict[str, ApplicationState]:
+        if self._said is None:
+            self._said = self._applications.states()
+        return self._said
+
+    def _remove(self, name: str) -> None:
+        self._said = None
+        self._applications.remove(name)
 
     def _bring_up(self, version: Champion) -> Route | None:
         """The way to a version that runs; None while it starts.
@@ -204,13 +213,14 @@ class Supervisor:
             CorruptArtifact, FileNotFoundError, ModelError: its replica refused the files.
         """
         name = self._applications.name_of(version)
-        word, message = self._applications.states().get(name, ("", ""))
-        if word == "":
+        state = self._states().get(name, ApplicationState())
+        if state.word == "":
+            self._said = None
             self._applications.start(version)
-        elif word == "DEPLOY_FAILED":
-            self._applications.remove(name)
-            raise self._applications.failure(message)
-        elif word == "RUNNING":
+        elif state.word == "DEPLOY_FAILED":
+            self._remove(name)
+            raise self._applications.failure(state.message)
+        elif state.word == "RUNNING":
             return self._applications.route(version)
         return None  # being deployed, or deleted and then to be started again, or its replica died and is replaced
 
@@ -232,7 +242,7 @@ class Supervisor:
 
     def _alone_s(self, route: Route) -> float:
         """How long a version has had no replica that runs; one that died is usually replaced in a few seconds."""
-        if self._applications.running(route.app):
+        if self._states().get(route.app, ApplicationState()).running:
             self._alone_since.pop(route.app, None)
             return 0.0
         return self._clock() - self._alone_since.setdefault(route.app, self._clock())
@@ -380,12 +390,12 @@ class Supervisor:
             heard = list(self._routers.values())
         if not heard and now - self._started < _ROUTER_SILENT_S:
             return  # started anew: routers that were there before have not said yet what they have
-        for name, (word, _) in self._applications.states().items():
-            if name in needed or word == "DELETING":
+        for name, state in self._states().items():
+            if name in needed or state.word == "DELETING":
                 continue
             number = self._dropped.setdefault(name, self._table.number)
             if all(router.table >= number and not router.in_flight.get(name) for router in heard):
-                self._applications.remove(name)
+                self._remove(name)
                 self._alone_since.pop(name, None)
 
     def _canary_wanted(self) -> Champion | None:

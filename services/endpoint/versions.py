@@ -30,7 +30,7 @@ from services.endpoint.following import Served, verified
 from services.endpoint.metrics import VersionMetrics
 from services.endpoint.parsing import parse_request
 from services.endpoint.schema import ChatRequest, CompletionRequest, EndpointArguments, Sampling
-from services.endpoint.traffic import Route
+from services.endpoint.traffic import ApplicationState, Route
 
 if TYPE_CHECKING:
     from services.endpoint.metering import Meter
@@ -249,11 +249,11 @@ class VersionApplications:
         """Model and version, with the beginning of the digest, since a number can be given to other files."""
         return f"{version.model_name}-v{version.version}-{version.manifest_sha256[:8]}"
 
-    def states(self) -> dict[str, tuple[str, str]]:
-        """Serve's word and message for each of this model's applications, by name."""
+    def states(self) -> dict[str, ApplicationState]:
+        """What Serve says of each of this model's applications, by name."""
         mine = re.compile(re.escape(self._arguments.model_name) + r"-v[^-]+-[0-9a-f]{8}")
         return {
-            name: (application.status.value, _message(application))
+            name: ApplicationState(application.status.value, _message(application), _running(application))
             for name, application in serve.status().applications.items()
             if mine.fullmatch(name)
         }
@@ -289,11 +289,6 @@ class VersionApplications:
             **{key: facts[key] for key in ("scheme", "max_context_tokens", "max_new_tokens")},
         )
 
-    def running(self, name: str) -> int:
-        """Replicas of an application that run."""
-        found = serve.status().applications.get(name)
-        return sum(item.replica_states.get("RUNNING", 0) for item in found.deployments.values()) if found else 0
-
     def queue(self, name: str) -> int:
         """Requests that run or wait in all replicas of an application."""
         replies = serve.get_deployment_handle(DEPLOYMENT, app_name=name).broadcast("describe").results(timeout_s=5)
@@ -325,6 +320,10 @@ def application_failure(name: str) -> Exception | None:
 
 def _message(application: Any) -> str:
     return "\n".join([application.message, *(item.message for item in application.deployments.values())])
+
+
+def _running(application: Any) -> int:
+    return sum(item.replica_states.get("RUNNING", 0) for item in application.deployments.values())
 
 
 def version_applications() -> list[str]:

@@ -17,7 +17,7 @@ from services.endpoint import following
 from services.endpoint.canary import Observation
 from services.endpoint.schema import EndpointArguments
 from services.endpoint.supervisor import Supervisor
-from services.endpoint.traffic import Route, RoutingTable
+from services.endpoint.traffic import ApplicationState, Route, RoutingTable
 from tests.promotion_races import MODEL, artefact, crown_one
 
 PLAN = {"steps": [0.1, 0.5], "hold_s": 10, "min_requests": 20, "max_error_rate": 0.05, "max_latency_ratio": 2.0}
@@ -35,8 +35,8 @@ class Applications:
     def name_of(self, version: Champion) -> str:
         return f"v{version.version}"
 
-    def states(self) -> dict[str, tuple[str, str]]:
-        return {name: (word, "") for name, word in self.words.items()}
+    def states(self) -> dict[str, ApplicationState]:
+        return {name: ApplicationState(word, "", int(word == "RUNNING")) for name, word in self.words.items()}
 
     def start(self, version: Champion) -> None:
         name = self.name_of(version)
@@ -53,9 +53,6 @@ class Applications:
 
     def route(self, version: Champion) -> Route:
         return Route(self.name_of(version), version.version, version.manifest_sha256, version.uri, "float", 200, 64)
-
-    def running(self, name: str) -> int:
-        return self.words.get(name) == "RUNNING"
 
     def queue(self, name: str) -> int:
         return 0
