@@ -32,7 +32,7 @@ from jobs.examining.services import (
     check_tracking,
     check_vllm,
 )
-from jobs.preflight import endpoint_gpus, wanted_gpus
+from jobs.preflight import gpus_at_once
 from jobs.submit import submit, submit_doctor
 
 _HERE = "this machine"
@@ -50,7 +50,7 @@ def examine(config: RunConfig | None, address: str | None) -> list[Check]:
     if address is None:
         store = config.cluster.object_store_mb * 2**20 if config is not None else 0
         checks += guarded(_HERE, "room", lambda: check_room(_HERE, store))
-        gpus = max(sum(wanted_gpus(config)[:2]), endpoint_gpus(config)) if config is not None else 0
+        gpus = gpus_at_once(config) if config is not None else 0
         checks += guarded(_HERE, "GPUs", lambda: check_gpus(_HERE, gpus))
         return checks + (_examine_services(_HERE, config) if config is not None else [])
     checks += guarded(f"cluster {address}", "dashboard", lambda: check_dashboard(address))

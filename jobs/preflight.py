@@ -161,9 +161,11 @@ def wanted_gpus(config: RunConfig) -> tuple[float, float, float]:
     )
 
 
-def endpoint_gpus(config: RunConfig) -> float:
-    """GPUs for the endpoint, which has them when training is done."""
-    return config.serve.replicas * config.serve.gpus_per_replica
+def gpus_at_once(config: RunConfig) -> float:
+    """The most GPUs that a run holds at a time: the teacher's training, the student's, and the endpoint follow each
+    other."""
+    for_train, for_teacher, for_teacher_train = wanted_gpus(config)
+    return max(for_train + for_teacher, for_teacher_train, config.serve.replicas * config.serve.gpus_per_replica)
 
 
 def _wanted(place: str, train: TrainConfig, threads: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ from cluster.errors import ConfigError, PlacementError
 from cluster.placement import Demand, NodeShape, check_demands, growth
 from cluster.pools import PoolsConfig, actor_options
 from jobs.config import RunConfig
-from jobs.preflight import check_cluster, check_elastic, check_records, placed_together
+from jobs.preflight import check_cluster, check_elastic, check_records, gpus_at_once, placed_together
 from jobs.threads import Threads
 
 TEACHERS = NodeShape({"CPU": 8, "GPU": 1, "teacher_slot": 1}, {"pool": "teacher"}, 3)
@@ -107,6 +107,18 @@ def test_run_asks_for_its_slots():
     assert placed_together(made(), pools, THREADS, answers=False) == [[students, teachers]], (
         "training alone needs no endpoint"
     )
+
+
+def test_gpus_at_once_are_those_of_the_stage_that_holds_most():
+    student = {"steps": 10, "num_workers": 2, "use_gpu": True}
+    teacher = {"model": "organisation/model", "replicas": 3, "num_gpus": 0.5}
+    made_first = {"shape": {"model_type": "llama"}, "train": {"steps": 10, "num_workers": 4, "use_gpu": True}}
+    own = {"gather": "python_docs", "train_tokenizer": {"vocab_size": 512}}
+    endpoint = {"vllm_python": "vllm", "gpus_per_replica": 5}
+    assert gpus_at_once(made()) == 0
+    assert gpus_at_once(made(train=student, teacher=teacher)) == 3.5
+    assert gpus_at_once(made(train=student, teacher={**teacher, "model": None, **made_first}, data=own)) == 4
+    assert gpus_at_once(made(train=student, teacher=teacher, serve=endpoint)) == 5
 
 
 def test_pools_are_of_clusters_alone(monkeypatch):
