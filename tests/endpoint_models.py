@@ -1,6 +1,7 @@
 """Random, tiny versions for the tests of the endpoint: a Llama with a byte-level tokenizer, published and crowned."""
 
 import asyncio
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,12 @@ def save_version(directory: Path, seed: int = 0, heads: int = 4) -> LlamaForCaus
 
 
 def publish_version(
-    directory: Path, root: Path, version: str, seed: int, spoil: Callable[[LlamaForCausalLM], None] | None = None
+    directory: Path,
+    root: Path,
+    version: str,
+    seed: int,
+    spoil: Callable[[LlamaForCausalLM], None] | None = None,
+    scheme: str = "float",
 ) -> tuple[str, str]:
     """Publishes a fresh version below `root`, changed by `spoil`; returns its URI and the hash of its manifest."""
     model = save_version(directory, seed)
@@ -70,8 +76,13 @@ def publish_version(
         with torch.no_grad():
             spoil(model)
         model.save_pretrained(directory)
+    if scheme != "float":
+        made = directory / scheme
+        importlib.import_module(f"jobs.quantization.{scheme}").quantize(str(directory), made)
+        byte_level_tokenizer().save_pretrained(made)
+        directory = made
     storage = open_storage(str(root))
-    manifest = publish_directory(directory, storage, f"versions/{version}", scheme="float")
+    manifest = publish_directory(directory, storage, f"versions/{version}", scheme=scheme)
     return f"{storage.uri}/versions/{version}", manifest_sha256(manifest)
 
 

@@ -33,6 +33,7 @@ class RunningEndpoint:
     port: int
     database: str
     directory: Path
+    scheme: str = "float"
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
@@ -46,7 +47,8 @@ class RunningEndpoint:
         return {row["version"]: row for row in ask_traffic(self.url)["versions"]}
 
     def publish(self, version: str, seed: int) -> tuple[str, str]:
-        return publish_version(self.directory / f"local-{version}", self.directory / "storage", version, seed)
+        local, root = self.directory / f"local-{version}", self.directory / "storage"
+        return publish_version(local, root, version, seed, scheme=self.scheme)
 
     def crown(self, version: str, uri: str, manifest_hash: str) -> None:
         crown_version(self.database, MODEL, version, uri, manifest_hash)
@@ -73,13 +75,16 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = START_S) -> Non
 
 
 @contextmanager
-def running_endpoint(directory: Path, tracking: str = "", **config: Any) -> Iterator[RunningEndpoint]:
-    """An endpoint that serves version 1, in the length of the block."""
+def running_endpoint(
+    directory: Path, tracking: str = "", scheme: str = "float", **config: Any
+) -> Iterator[RunningEndpoint]:
+    """An endpoint that serves version 1, in the length of the block; all versions are of `scheme`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     fields = {"poll_s": 0.3, "max_context_tokens": 400, "max_new_tokens": 380, "threads_per_replica": 1, **config}
-    running = RunningEndpoint(f"http://127.0.0.1:{port}", port, f"sqlite:///{directory}/champions.db", directory)
+    database = f"sqlite:///{directory}/champions.db"
+    running = RunningEndpoint(f"http://127.0.0.1:{port}", port, database, directory, scheme)
     running.crown("1", *running.publish("1", seed=1))
     with connect(ClusterConfig(num_cpus=4, object_store_mb=80)):
         from ray import serve

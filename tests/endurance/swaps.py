@@ -1,6 +1,6 @@
 """Promotes and rolls back again and again under steady streams from another process: nothing fails, nothing is cut.
 
-    python -m tests.endurance.swaps [--times 10] [--streams 20]
+    python -m tests.endurance.swaps [--times 10] [--streams 20] [--scheme onnx_float32]
 
 An endpoint serves version 1; a second process (`streams.py`) keeps a number of streams open at any time. Every other
 turn promotes version 2, the others roll back. A stream must end with a finish reason and `[DONE]`, and its text must be
@@ -32,10 +32,11 @@ SETTLED_S = 2.0
 def main(
     times: Annotated[int, typer.Option(help="Promotions, and as many rollbacks.")] = 10,
     streams: Annotated[int, typer.Option(help="Streams open at any time.")] = 20,
+    scheme: Annotated[str, typer.Option(help="Of both versions, as in quantize.schemes.")] = "float",
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="raystill-swaps-") as name:
         directory = Path(name)
-        with running_endpoint(directory, max_running=4, max_waiting=4 * streams) as endpoint:
+        with running_endpoint(directory, scheme=scheme, max_running=4, max_waiting=4 * streams) as endpoint:
             published = endpoint.publish("2", seed=2)
             texts = {"1": texts_of(endpoint)}
             (directory / "asked.json").write_text(json.dumps([request(prompt) for prompt in PROMPTS]))
