@@ -4,9 +4,9 @@ Ours is a replica on Ray Serve behind its proxy; what it decodes in float32 is t
 `onnx_float32`, nothing rounded), or with `--torch`, and in bfloat16, the directory as it comes. transformers serves
 that directory too, as it comes and with `--continuous-batching`; with `--llama-cpp DIRECTORY`, llama.cpp's
 `llama-server` serves the same weights as GGUF. All servers are up at the same time and one is asked at a time, in
-turns, by one client: 1 stream, then 16 at once, each of 64 tokens (`--quick`: 32) behind a prompt of about 32,
-greedily. The whole of a stream counts, its first token included. `--ours '{"replicas": 2}'` gives ours other fields of
-`serve` than the defaults.
+turns, by one client: 1 stream, then 16 at once, each of 64 tokens (`--quick`: 32) or as many as the model has to say,
+behind a prompt of about 32, greedily. The whole of a stream counts, its first token included. `--ours
+'{"replicas": 2}'` gives ours other fields of `serve` than the defaults.
 The others are stopped meanwhile, since some of them compute when nobody asks; but for ours, whose Ray would miss it.
 """
 
@@ -55,24 +55,25 @@ class Server:
     model: str
     process: psutil.Process
     new_tokens: int = NEW_TOKENS
-    seconds: dict[int, list[float]] = field(default_factory=lambda: {count: [] for count in STREAMS})
+    token_s: dict[int, list[float]] = field(default_factory=lambda: {count: [] for count in STREAMS})
+    """Seconds of each turn over the tokens of all its streams."""
     first_s: dict[int, list[float]] = field(default_factory=lambda: {count: [] for count in STREAMS})
 
     def ms_per_token(self) -> float:
-        return statistics.median(self.seconds[1]) / self.new_tokens * 1000
+        return statistics.median(self.token_s[1]) * 1000
 
     def tokens_per_s(self) -> float:
-        return 16 * self.new_tokens / statistics.median(self.seconds[16])
+        return 1 / statistics.median(self.token_s[16])
 
 
 # --- the client ------------------------------------------------------------------------------------------------------
 
 
-async def ask(server: Server, prompt: str) -> float:
-    """One stream to its end; returns the seconds to its first text.
+async def ask(server: Server, prompt: str) -> tuple[float, int]:
+    """One stream to its end; returns the seconds to its first text, and its tokens.
 
     Raises:
-        RuntimeError: another number of tokens than asked for, or no stream.
+        RuntimeError: more tokens than asked for, or no stream.
     """
     body = {"model": server.model, "prompt": prompt, "max_tokens": server.new_tokens, "temperature": 0, "stream": True}
     if server.name in (OURS, LLAMA):
@@ -92,18 +93,20 @@ async def ask(server: Server, prompt: str) -> float:
     writer.close()
     lines = [line[6:] for line in received.split(b"\n") if line.startswith(b"data: {")]
     usages = [usage for line in lines if (usage := json.loads(line).get("usage"))]
-    if first_s is None or not usages or usages[-1]["completion_tokens"] != server.new_tokens:
+    num_tokens = usages[-1]["completion_tokens"] if usages else 0
+    if first_s is None or not 0 < num_tokens <= server.new_tokens:
         raise RuntimeError(f"{server.name}: {bytes(received[-500:])!r}")
-    return first_s
+    return first_s, num_tokens
 
 
 async def measure(server: Server, streams: int, turn: int) -> None:
     """One turn: so many streams at once, each with a text of its own."""
     prompts = [" ".join(tiny.sentences(5, seed=1000 * turn + number))[:90] for number in range(streams)]
     started = time.perf_counter()
-    firsts = await asyncio.gather(*(ask(server, prompt) for prompt in prompts))
-    server.seconds[streams].append(time.perf_counter() - started)
-    server.first_s[streams].append(statistics.median(firsts))
+    answers = await asyncio.gather(*(ask(server, prompt) for prompt in prompts))
+    seconds = time.perf_counter() - started
+    server.token_s[streams].append(seconds / sum(num_tokens for _, num_tokens in answers))
+    server.first_s[streams].append(statistics.median(first_s for first_s, _ in answers))
 
 
 # --- the servers -----------------------------------------------------------------------------------------------------
@@ -225,7 +228,7 @@ def compare(
                     for streams in STREAMS:
                         asyncio.run(measure(server, streams, turn))
         for server in servers:
-            for times in (*server.seconds.values(), *server.first_s.values()):
+            for times in (*server.token_s.values(), *server.first_s.values()):
                 del times[0]  # the turn that warms up
         return servers
 
@@ -233,6 +236,7 @@ def compare(
 def main() -> None:
     def own(parser: Any) -> None:
         parser.add_argument("--llama-cpp", help="directory with llama.cpp's programs")
+        parser.add_argument("--models", default="random,smollm2", help="of the two; --quick takes the first alone")
         parser.add_argument("--ours", default="{}", metavar="JSON", help="fields of `serve` for our endpoint")
         parser.add_argument("--torch", action="store_true", help="ours decodes with torch in float32 too")
         parser.add_argument("--serve", help="DIRECTORY:WORK:PORT, for the process that serves ours")
@@ -243,7 +247,8 @@ def main() -> None:
         serve(Path(directory), Path(work), int(port), json.loads(options.ours))
         return
     names = [OURS, PLAIN, BATCHING, *([LLAMA] if options.llama_cpp else [])]
-    models = [("Llama 8 x 512", save_random), *([] if options.quick else [("SmolLM2-135M", save_smollm2)])]
+    known = {"random": ("Llama 8 x 512", save_random), "smollm2": ("SmolLM2-135M", save_smollm2)}
+    models = [known[name] for name in options.models.split(",")[: 1 if options.quick else None]]
     new_tokens = 32 if options.quick else NEW_TOKENS
     rows, result = [], {}
     for title, save in models:
@@ -261,7 +266,7 @@ def main() -> None:
             result[label] = _ratios({server.name: server for server in servers})
     first = next(iter(result.values()))
     columns = ["server", "1 stream: ms/token", "first ms", "16 streams: tokens/s", "first ms"]
-    show(f"Streams of {new_tokens} tokens over HTTP (medians)", columns, rows, {**first, "by_model": result})
+    show(f"Streams of up to {new_tokens} tokens over HTTP (medians)", columns, rows, {**first, "by_model": result})
 
 
 def _ratios(servers: dict[str, Server]) -> dict[str, float]:
