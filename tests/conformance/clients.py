@@ -6,6 +6,7 @@ Bodies and answers are those of OpenAI's HTTP interface; a client that shows les
 import asyncio
 import inspect
 import json
+import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,10 @@ import httpx
 import openai
 
 KEY = "unused"
+_KEEP_ALL = httpx.Limits(max_keepalive_connections=None)
+"""A pool that may keep fewer connections than threads closes one, now and then, that another thread was just given."""
+_TLS = ssl.create_default_context()
+"""Of a megabyte, and no address here wants one; httpx would make another for every client."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class OpenAI:
     name = "openai"
 
     def __init__(self, url: str, key: str = KEY, **options: Any) -> None:
-        http = httpx.Client(trust_env=False)
+        http = httpx.Client(limits=_KEEP_ALL, trust_env=False)
         self.api = openai.OpenAI(base_url=f"{url}/v1", api_key=key, http_client=http, **{"max_retries": 0, **options})
 
     def close(self) -> None:
@@ -171,7 +176,7 @@ class AsyncOpenAI:
         self, method: Callable[[Any], Any], body: dict[str, Any], read: Callable[[Any], Any] | None = None
     ) -> Any:
         async def asked() -> Any:
-            http = httpx.AsyncClient(trust_env=False)
+            http = httpx.AsyncClient(trust_env=False, verify=_TLS)
             options = {"http_client": http, **self._options}
             async with openai.AsyncOpenAI(base_url=f"{self._url}/v1", **options) as api:
                 found = method(api)(**_arguments(method(api), body))
