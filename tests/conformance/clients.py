@@ -46,7 +46,8 @@ class Raw:
     name = "raw"
 
     def __init__(self, url: str, key: str = KEY) -> None:
-        self.http = httpx.Client(base_url=url, timeout=60, trust_env=False, headers={"authorization": f"Bearer {key}"})
+        headers = {"authorization": f"Bearer {key}"}
+        self.http = httpx.Client(base_url=url, timeout=60, limits=_KEEP_ALL, trust_env=False, headers=headers)
 
     def close(self) -> None:
         self.http.close()
