@@ -47,9 +47,10 @@ def _torch_model(directory: Path, kind: Kind) -> Outputs:
     classifies = kind == "classifications"
     loader = AutoModelForSequenceClassification if classifies else AutoModel
     try:
-        named = AutoConfig.from_pretrained(str(directory)).architectures or [""]
-        if not classifies and named[0].endswith("EncoderModel"):
-            loader = AutoModelForTextEncoding  # the half of T5 that reads
+        config = AutoConfig.from_pretrained(str(directory))
+        named = config.architectures or [""]
+        if not classifies and (named[0].endswith("EncoderModel") or config.is_encoder_decoder):
+            loader = AutoModelForTextEncoding  # the half of T5 that reads, also of a whole one
         loaded, report = loader.from_pretrained(
             str(directory), dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )

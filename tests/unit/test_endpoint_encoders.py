@@ -83,13 +83,15 @@ def test_embeddings_without_a_config_are_the_mean(tmp_path: Path) -> None:
     assert np.abs(found - token_vectors(reference, "red hats").mean(0).numpy()).max() < 1e-5
 
 
+@pytest.mark.parametrize("saved", ["T5EncoderModel", "T5Model"])
 @torch.inference_mode()
-def test_half_of_t5_that_reads_is_an_encoder(tmp_path: Path) -> None:
+def test_half_of_t5_that_reads_is_an_encoder(tmp_path: Path, saved: str) -> None:
+    import transformers
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(0)
     config = T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-    T5EncoderModel(config).save_pretrained(tmp_path)
+    getattr(transformers, saved)(config).save_pretrained(tmp_path)
     ids_BT = torch.tensor([[5, 6, 7, 0], [8, 9, 10, 11]])
     mask_BT = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     found = load_encoder(tmp_path, "embeddings", "float")(ids_BT, mask_BT)
