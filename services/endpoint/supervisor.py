@@ -16,16 +16,17 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 from cluster.canaries import Canary, crown_canary, end_canary, latest_canary, next_step, running_canary
 from cluster.champions import Champion
 from cluster.crowning import announce
 from cluster.errors import CorruptArtifact, ModelError
+from services.endpoint.applications import Applications, ApplicationState
 from services.endpoint.canary import Decision, Evidence, Observation, judge, prepare
 from services.endpoint.following import ChampionFollower, why_refused
 from services.endpoint.schema import CanaryConfig, EndpointArguments
-from services.endpoint.traffic import TEACHER, ApplicationState, Reign, Route, RoutingTable
+from services.endpoint.traffic import TEACHER, Reign, Route, RoutingTable
 
 logger = logging.getLogger(__name__)
 
@@ -41,27 +42,6 @@ about the version."""
 _STALLED_S = 20.0
 _MOST_ATTEMPTS = 3
 """To start a challenger, before it is taken down; one that is damaged has one."""
-
-
-class Applications(Protocol):
-    """The version applications of a Serve (`services.endpoint.versions.VersionApplications`)."""
-
-    def name_of(self, version: Champion) -> str: ...
-
-    def states(self) -> dict[str, ApplicationState]:
-        """What Serve says of each, by name."""
-
-    def start(self, version: Champion) -> None: ...
-
-    def route(self, version: Champion) -> Route: ...
-
-    def queue(self, name: str) -> int:
-        """Requests that run or wait there."""
-
-    def remove(self, name: str) -> None: ...
-
-    def failure(self, message: str) -> Exception:
-        """What a replica's constructor raised."""
 
 
 @dataclass

@@ -8,20 +8,11 @@ digest salts the hash, so that it is not always the same users who try what is n
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from services.endpoint.errors import ApiError
 
 TEACHER = "teacher"
 """Stands for the teacher, which is no version, where versions are told apart: by alias, number or digest."""
-
-
-class ApplicationState(NamedTuple):
-    """What Serve says of an application: its word, why, and how many replicas run. Without a word there is none."""
-
-    word: str = ""
-    message: str = ""
-    running: int = 0
 
 
 @dataclass(frozen=True)

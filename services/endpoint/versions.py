@@ -25,12 +25,13 @@ from cluster.champions import Champion
 from cluster.errors import ModelError
 from cluster.logs import setup_logging
 from cluster.resources import process_environment, threads_beside_serve
+from services.endpoint.applications import ApplicationState
 from services.endpoint.envelope import ACCOUNT
 from services.endpoint.following import Served, verified
 from services.endpoint.metrics import VersionMetrics
 from services.endpoint.parsing import parse_request
 from services.endpoint.schema import ChatRequest, CompletionRequest, EndpointArguments, Sampling
-from services.endpoint.traffic import ApplicationState, Route
+from services.endpoint.traffic import Route
 
 if TYPE_CHECKING:
     from services.endpoint.metering import Meter

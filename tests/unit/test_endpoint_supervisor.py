@@ -14,10 +14,11 @@ from cluster.errors import CorruptArtifact
 from cluster.promotions import advance, propose
 from jobs.rollback import rollback
 from services.endpoint import following
+from services.endpoint.applications import ApplicationState
 from services.endpoint.canary import Observation
 from services.endpoint.schema import EndpointArguments
 from services.endpoint.supervisor import Supervisor
-from services.endpoint.traffic import ApplicationState, Route, RoutingTable
+from services.endpoint.traffic import Route, RoutingTable
 from tests.promotion_races import MODEL, artefact, crown_one
 
 PLAN = {"steps": [0.1, 0.5], "hold_s": 10, "min_requests": 20, "max_error_rate": 0.05, "max_latency_ratio": 2.0}
